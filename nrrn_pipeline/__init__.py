@@ -1,0 +1,1 @@
+"""Denoise whole FIB-SEM volumes with NRRN."""

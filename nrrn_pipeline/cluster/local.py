@@ -1,0 +1,55 @@
+"""Dask on this machine: one process a worker, one task at a time in each."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import dask
+from distributed import Client, LocalCluster
+
+from nrrn_pipeline.errors import InputError
+
+DASHBOARD_PORT = 8787
+
+
+@contextmanager
+def local_client(workers: int) -> Iterator[Client]:
+    """A client of `workers` new processes that share the machine's cores; on loopback; gone when the block ends."""
+    if workers < 1:
+        raise InputError(f"workers {workers} is not possible: use 1 or more")
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    settings = {
+        "distributed.worker.multiprocessing-method": "spawn",
+        # before the processes start: torch reads it once, when it is imported
+        "distributed.nanny.pre-spawn-environ.OMP_NUM_THREADS": threads,
+        "distributed.admin.large-graph-warning-threshold": "1MB",
+    }
+    with (
+        dask.config.set(settings),
+        LocalCluster(
+            n_workers=workers,
+            threads_per_worker=1,
+            processes=True,
+            memory_limit=0,  # the plan bounds memory before the run; nothing here can be spilled
+            host="127.0.0.1",
+            dashboard_address=f"127.0.0.1:{_free_port(DASHBOARD_PORT)}",
+            silence_logs=logging.ERROR,
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        yield client
+
+
+def _free_port(wanted: int) -> int:
+    """The wanted port, or 0 (any) if something listens there already."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError:
+            return 0
+    return wanted

@@ -1,0 +1,152 @@
+"""What a plan will take, before it runs: bytes, arithmetic, memory and time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from time import perf_counter
+
+import numpy as np
+import psutil
+import torch
+
+from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.geometry import Box, Shape
+from nrrn_pipeline.network import NRRN, in_slot
+from nrrn_pipeline.planning import DenoisePlan
+from nrrn_pipeline.statistics import statistics_boxes
+from nrrn_pipeline.volume import Volume
+
+PROCESS_BYTES = 400 * 2**20  # a worker with Python, Dask, zarr and torch loaded, before its first slab
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a whole plan. Bytes are of voxels, uncompressed; fetched_bytes counts whole chunks, as storage delivers them."""
+
+    slabs: int
+    statistics_tasks: int
+    read_bytes: int
+    fetched_bytes: int
+    written_bytes: int
+    flop: float
+    worker_bytes: int
+    amplification: float
+    chunk_amplification: float
+
+    @property
+    def tasks(self) -> int:
+        """Tasks that the scheduler sees."""
+        return self.slabs + self.statistics_tasks
+
+
+def cost_of(plan: DenoisePlan) -> Cost:
+    """What the plan will take; reads no voxels."""
+    slabs, item = plan.slabs, plan.source.itemsize
+    read = sum(slab.read.size for slab in slabs)
+    fetched = fetched_voxels(plan.source, (slab.read for slab in slabs))
+    statistics = statistics_boxes(plan.source, plan.statistics_z)
+    measured = fetched_voxels(plan.source, statistics)
+    return Cost(
+        slabs=len(slabs),
+        statistics_tasks=len(statistics),
+        read_bytes=(read + sum(box.size for box in statistics)) * item,
+        fetched_bytes=(fetched + measured) * item,
+        written_bytes=plan.box.size * item,
+        flop=float(plan.box.size * _planned_network(plan).flop_per_voxel(plan.images)) * _tile_overhead(plan),
+        worker_bytes=worker_bytes(plan),
+        amplification=read / plan.box.size,
+        chunk_amplification=fetched / plan.box.size,
+    )
+
+
+def fetched_voxels(volume: Volume, boxes: Iterable[Box]) -> int:
+    """Voxels in all chunks that the boxes touch, each box on its own: what storage delivers and the CPU decodes."""
+    total = 0
+    for box in boxes:
+        touched = 1
+        for span, chunk, length in zip(box.spans, volume.chunk, volume.shape, strict=True):
+            touched *= min(-(-span.stop // chunk) * chunk, length) - span.start // chunk * chunk
+        total += touched
+    return total
+
+
+def worker_bytes(plan: DenoisePlan) -> int:
+    """Peak memory of one worker process: itself, its slab in and out, one tile's stack, the network's maps."""
+    slab = max(plan.slabs, key=lambda slab: slab.read.size)
+    window_y, window_x = (
+        max(len(cut.read) for cut in cuts)
+        for cuts in zip(*slab.tiles(plan.tile, plan.halo), strict=True)
+    )
+    pixels = window_y * window_x
+    item = plan.source.itemsize
+    voxels_in, voxels_out = slab.read.size * item, slab.keep.size * item
+    encoding = 2 * min(slab.keep.size, prod(plan.target.write_unit)) * item
+    stack = len(slab.read.z) * pixels * (item + 4 * 4)  # the tile, normalised in two steps, the estimate, scaled back
+    maps = _planned_network(plan).activation_bytes(pixels, plan.images)
+    return PROCESS_BYTES + voxels_in + voxels_out + max(encoding, stack + maps)
+
+
+def default_workers(plan: DenoisePlan, device: torch.device) -> int:
+    """As many local workers as cores and memory carry; one on a GPU."""
+    if device.type == "cuda":
+        return 1
+    fitting = int(0.8 * psutil.virtual_memory().available) // worker_bytes(plan)
+    return max(1, min(os.cpu_count() or 1, fitting, len(plan.slabs)))
+
+
+def refuse_what_cannot_fit(plan: DenoisePlan, workers: int) -> None:
+    """Raises InputError if this machine's free memory cannot hold that many workers."""
+    one, free = worker_bytes(plan), psutil.virtual_memory().available
+    if workers * one <= free:
+        return
+    setting = f"--workers {free // one}" if free >= one else "a smaller --slab (with --shard) or --tile"
+    raise InputError(
+        f"{workers} workers of {gigabytes(one)} need {gigabytes(workers * one)} of memory, {gigabytes(free)} are free: "
+        f"use {setting}"
+    )
+
+
+def seconds_per_voxel(plan: DenoisePlan, network: NRRN, device: str, threads: int) -> float:
+    """The network's time for one voxel on this machine, measured on one tile of noise in a few seconds."""
+    rng = np.random.default_rng(0)
+    stack = rng.standard_normal((4, min(plan.tile, plan.source.shape[1]), min(plan.tile, plan.source.shape[2])))
+    ready, before = in_slot(network, device, plan.images), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        ready(stack[:3].astype(np.float32))
+        started = perf_counter()
+        ready(stack.astype(np.float32))
+        return (perf_counter() - started) / stack[1:-1].size * _tile_overhead(plan)
+    finally:
+        torch.set_num_threads(before)
+
+
+def gigabytes(count: float) -> str:
+    """Bytes as people read them."""
+    for unit in ("bytes", "KB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def _planned_network(plan: DenoisePlan) -> NRRN:
+    """A network of the planned size, without its weights."""
+    with torch.device("meta"):
+        return NRRN(plan.weights.units, plan.weights.channels)
+
+
+def _tile_overhead(plan: DenoisePlan) -> float:
+    """Voxels that the network computes for one that is kept, in y and x."""
+    computed = kept = 0
+    seen: dict[Shape, tuple[int, int]] = {}
+    for slab in plan.slabs:
+        shape = slab.read.shape
+        if shape not in seen:
+            tiles = list(slab.tiles(plan.tile, plan.halo))
+            seen[shape] = sum(len(y.read) * len(x.read) for y, x in tiles), len(slab.keep.y) * len(slab.keep.x)
+        computed, kept = computed + seen[shape][0], kept + seen[shape][1]
+    return computed / kept

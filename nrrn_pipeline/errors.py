@@ -1,0 +1,17 @@
+"""What goes wrong in ways a user can mend: each message says what was given, what was expected, what to do."""
+
+
+class NrrnError(Exception):
+    """A message for the user, shown as one line; `exit_status` is the command line's."""
+
+    exit_status = 1
+
+
+class InputError(NrrnError):
+    """What was asked for cannot be done as given; nothing has been written."""
+
+    exit_status = 2
+
+
+class RunError(NrrnError):
+    """A run that began could not finish; what is done is kept, and the same command goes on from there."""

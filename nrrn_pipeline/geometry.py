@@ -1,0 +1,127 @@
+"""Cutting an axis into pieces whose kept parts tile it, each read with the halo that makes its kept part exact.
+
+    volume   |------------------------------------------------|
+    cut i            |halo|==========keep==========|halo|
+                     |<------------- read ------------->|
+
+All positions are voxels, half-open, in z, y, x order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True, order=True)
+class Span:
+    """Voxels start <= i < stop of one axis."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def within(self, origin: Span) -> slice:
+        """This span as a slice of an array that holds `origin`."""
+        return slice(self.start - origin.start, self.stop - origin.start)
+
+    def grown(self, halo: int, bounds: Span) -> Span:
+        """`halo` voxels more on each side, but none outside `bounds`."""
+        return Span(max(self.start - halo, bounds.start), min(self.stop + halo, bounds.stop))
+
+
+@dataclass(frozen=True, order=True)
+class Cut:
+    """One piece of an axis: `keep` is written, `read` (which holds it) is what must be read for that."""
+
+    keep: Span
+    read: Span
+
+    @property
+    def crop(self) -> slice:
+        """`keep` as a slice of an array that holds `read`."""
+        return self.keep.within(self.read)
+
+
+@dataclass(frozen=True, order=True)
+class Box:
+    """A cuboid of voxels."""
+
+    z: Span
+    y: Span
+    x: Span
+
+    @property
+    def spans(self) -> tuple[Span, Span, Span]:
+        """The three spans in z, y, x order."""
+        return self.z, self.y, self.x
+
+    @property
+    def shape(self) -> Shape:
+        """Voxels along z, y, x."""
+        return len(self.z), len(self.y), len(self.x)
+
+    @property
+    def size(self) -> int:
+        """Voxels in all."""
+        return len(self.z) * len(self.y) * len(self.x)
+
+    def within(self, origin: Box) -> tuple[slice, slice, slice]:
+        """This box as slices of an array that holds `origin`."""
+        return self.z.within(origin.z), self.y.within(origin.y), self.x.within(origin.x)
+
+    def __str__(self) -> str:
+        return ",".join(f"{span.start}:{span.stop}" for span in self.spans)
+
+
+def box_of(shape: Shape) -> Box:
+    """The box of a whole volume."""
+    z, y, x = shape
+    return Box(Span(0, z), Span(0, y), Span(0, x))
+
+
+def spans_of(span: Span, step: int) -> Iterator[Span]:
+    """`span` in pieces of `step` voxels from its start on, the last one as long as what is left."""
+    for start in range(span.start, span.stop, step):
+        yield Span(start, min(start + step, span.stop))
+
+
+def boxes_of(box: Box, step: Shape) -> Iterator[Box]:
+    """`box` in pieces of `step` voxels, x fastest: the grid that slabs and storage units share."""
+    for z in spans_of(box.z, step[0]):
+        for y in spans_of(box.y, step[1]):
+            for x in spans_of(box.x, step[2]):
+                yield Box(z, y, x)
+
+
+def tiles_of(keep: Span, bounds: Span, window: int, halo: int) -> tuple[Cut, ...]:
+    """The fewest cuts that keep all of `keep`, each reading at most `window` voxels, all of them equally many.
+
+    A read never leaves `bounds`; where it meets a bound it stays flush with it, so that what the network does at a
+    slice's own border happens at the border and nowhere else. Kept parts differ by at most one voxel in length:
+    two windows of 135 cost less than one of 256 and one of 14.
+
+    Raises ValueError if a window of `window` voxels keeps nothing once its halo is discarded.
+    """
+    if window <= 2 * halo and window < len(bounds):
+        raise ValueError(f"a tile of {window} voxels with a halo of {halo} on each side keeps nothing")
+    for pieces in count(-(-len(keep) // window)):
+        kept = [
+            Span(keep.start + i * len(keep) // pieces, keep.start + (i + 1) * len(keep) // pieces)
+            for i in range(pieces)
+        ]
+        longest = max(len(span.grown(halo, bounds)) for span in kept)
+        if longest <= window:
+            return tuple(Cut(span, _read(span, longest, bounds, halo)) for span in kept)
+    raise AssertionError("unreachable: one voxel with its halo fits every valid window")
+
+
+def _read(keep: Span, length: int, bounds: Span, halo: int) -> Span:
+    """`length` voxels in `bounds` that hold `keep` and its halo."""
+    start = min(max(keep.start - halo, bounds.start), bounds.stop - length)
+    return Span(start, start + length)

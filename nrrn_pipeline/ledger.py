@@ -1,0 +1,107 @@
+"""Which slabs of an output are done, under which settings: one small file a slab, beside the array's chunks.
+
+    DST/0/nrrn/plan.json           the settings that all of its voxels were made with
+    DST/0/nrrn/statistics.json     each slice's mean and std, measured once
+    DST/0/nrrn/slabs/KEY.json      written by the worker after the slab's last voxel
+
+Chunk presence says nothing: only a record says "done".
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nrrn_pipeline import storage
+from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.planning import DenoisePlan
+from nrrn_pipeline.statistics import SliceStatistics
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished slab. `peak_memory_bytes` is its worker process's so far; `finished` is seconds since 1970."""
+
+    key: str
+    voxels: int
+    seconds: float
+    finished: float
+    worker: str
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The ledger of one array."""
+
+    array_url: str
+
+    @property
+    def url(self) -> str:
+        """Its folder."""
+        return f"{self.array_url}/nrrn"
+
+    def begin(self, plan: DenoisePlan) -> None:
+        """Claim the output for a plan."""
+        text = json.dumps({"fingerprint": plan.fingerprint, "settings": plan.settings}, indent=1)
+        storage.write_file(f"{self.url}/plan.json", text.encode())
+
+    def settings(self) -> dict[str, Any] | None:
+        """The settings it was begun with; None if there is no ledger."""
+        data = storage.read_file(f"{self.url}/plan.json")
+        if data is None:
+            return None
+        try:
+            found = json.loads(data)["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{self.url}/plan.json is damaged ({error}): start again with --overwrite") from error
+        return dict(found)
+
+    def changes(self, plan: DenoisePlan) -> list[str]:
+        """What differs between the settings that it was begun with and the plan's, a line each."""
+        old, new = self.settings() or {}, plan.settings
+        keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        return [f"{key} was {old.get(key)}, now {new.get(key)}" for key in keys]
+
+    def put(self, record: Record) -> None:
+        """Record a finished slab."""
+        storage.write_file(f"{self.url}/slabs/{record.key}.json", json.dumps(asdict(record)).encode())
+
+    def done(self) -> set[str]:
+        """Keys of all finished slabs, by listing alone."""
+        return {name.removesuffix(".json") for name in storage.list_files(f"{self.url}/slabs")}
+
+    def records(self) -> Iterator[Record]:
+        """All records, read one by one."""
+        for key in sorted(self.done()):
+            data = storage.read_file(f"{self.url}/slabs/{key}.json")
+            if data is not None:
+                yield Record(**json.loads(data))
+
+    def put_statistics(self, statistics: SliceStatistics) -> None:
+        """Keep the measured statistics for every later run."""
+        storage.write_file(f"{self.url}/statistics.json", statistics.to_json())
+
+    def statistics(self) -> SliceStatistics | None:
+        """What put_statistics kept."""
+        data = storage.read_file(f"{self.url}/statistics.json")
+        return None if data is None else SliceStatistics.from_json(data)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held at any time.
+
+    On Linux from its own status file: getrusage also counts what the parent held before it started this process.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource  # not on every system, and needed on those without /proc only
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

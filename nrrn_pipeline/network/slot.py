@@ -1,0 +1,75 @@
+"""The slot that any denoiser fits into: a function of a stack of slices that knows how far it reaches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.network.nrrn import NRRN
+from nrrn_pipeline.network.weights import load_weights, weights_hash
+
+Stack = NDArray[np.float32]
+
+
+class Network(Protocol):
+    """NRRN or anything else that can stand in its place."""
+
+    @property
+    def reach(self) -> int:
+        """Radius in y and x of the input voxels that one output voxel depends on."""
+
+    def __call__(self, stack: Stack) -> Stack:
+        """(z+2, y, x) normalised stack -> (z, y, x) estimate."""
+
+
+@dataclass(frozen=True)
+class TorchNetwork:
+    """An NRRN in the slot: NumPy in, NumPy out, on one device."""
+
+    network: NRRN
+    device: torch.device
+    images: int = 3
+
+    @property
+    def reach(self) -> int:
+        """The network's own."""
+        return self.network.reach
+
+    def __call__(self, stack: Stack) -> Stack:
+        """(z+2, y, x) normalised stack -> (z, y, x) estimate."""
+        estimate = self.network.denoise(torch.from_numpy(stack).to(self.device), self.images)
+        return estimate.cpu().numpy()
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` (the GPU if there is one), `cpu` or `cuda`. Raises InputError if there is no such device here."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device {name!r} is unknown: use auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda was asked for, but torch sees no GPU here: use --device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@lru_cache(maxsize=1)
+def load_network(path: str, sha256: str, device: str, images: int) -> TorchNetwork:
+    """The network of a weights file, loaded once a process.
+
+    Raises InputError if the file is not the one that was planned with: a worker that sees another file under the same
+    path would otherwise write slabs that do not fit the rest.
+    """
+    if (found := weights_hash(path)) != sha256:
+        raise InputError(f"weights {path} have hash {found[:12]} here, but the run was planned with {sha256[:12]}")
+    return in_slot(load_weights(path), device, images)
+
+
+def in_slot(network: NRRN, device: str, images: int) -> TorchNetwork:
+    """The network on its device, laid out for speed."""
+    where = choose_device(device)
+    # channels last: the layout in which convolutions of many channels run fastest, on CPU and GPU alike
+    return TorchNetwork(network.to(where).to(memory_format=torch.channels_last), where, images)  # type: ignore[call-overload]

@@ -1,0 +1,128 @@
+"""Trained networks on disk: safetensors, with the configuration and the training record in the file's metadata.
+
+Nothing here unpickles: a weights file can come from anybody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.network.nrrn import NRRN
+
+FORMAT = "nrrn-1"
+
+# vEMden's layer name -> ours, with the gate's place among the three that stand side by side in one layer
+_VEMDEN_OUTER = {"conv1": "image", "conv3": "neighbour", "conv2": "last"}
+_VEMDEN_GATES = {
+    "Gate_update_b": ("centre", 0),
+    "Gate_reset_b": ("centre", 1),
+    "Gates2_b": ("centre", 2),
+    "Gate_update_a": ("neighbour", 0),
+    "Gate_reset_a": ("neighbour", 1),
+    "Gates2_a": ("neighbour", 2),
+}
+
+
+def save_weights(network: NRRN, path: str | os.PathLike[str], record: dict[str, Any]) -> None:
+    """Write the network and its record (any JSON: data, loss, steps, versions) to a safetensors file, in one move."""
+    header = {"format": FORMAT, "units": len(network.units), "channels": network.channels, "training": record}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    partial = Path(f"{path}.partial")
+    save_file(tensors, partial, metadata={"nrrn": json.dumps(header)})
+    os.replace(partial, path)
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The file's `format`, `units`, `channels` and `training` record.
+
+    Raises InputError if the file is missing, is not safetensors, or does not hold an NRRN.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"no weights at {path}: give a .safetensors file written by nrrn train or nrrn weights import")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("nrrn", "{}"))
+    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise InputError(
+            f"{path} is not a weights file ({error}): expected .safetensors written by nrrn train or nrrn weights import"
+        ) from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise InputError(f"{path} does not hold an NRRN (format {FORMAT}): its weights are of another kind of network")
+    return header
+
+
+def load_weights(path: str | os.PathLike[str]) -> NRRN:
+    """The trained network, on the CPU. Raises InputError as read_header does, or if tensors do not fit."""
+    header = read_header(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    return _network(int(header["units"]), int(header["channels"]), tensors, path)
+
+
+def weights_hash(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of the file, which says which weights made an output."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def import_vemden(path: str | os.PathLike[str]) -> NRRN:
+    """The network of a checkpoint of the authors' tool (vEMden), a torch state dict.
+
+    Raises InputError if the file is missing, would have to run code to be read, or holds other layers than NRRN's.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"no checkpoint at {path}: give a file saved by vEMden")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise InputError(
+            f"{path} is refused: it is no plain torch state dict, and reading it could run code hidden in it. "
+            "Save it again with torch.save(network.state_dict(), path)"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as a torch checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise InputError(f"{path} is not a vEMden checkpoint: expected a state dict of tensors")
+    state = {name.removeprefix("module.").removeprefix("nrrn."): tensor.float() for name, tensor in state.items()}
+    try:
+        channels = state["conv1.weight"].shape[0]
+        units = len({name.split(".")[1] for name in state if name.startswith("BU.")})
+        ours = _from_vemden(state, units)
+    except (KeyError, IndexError) as error:
+        raise InputError(f"{path} is not a vEMden checkpoint: it lacks the layer {error}") from error
+    return _network(units, channels, ours, path)
+
+
+def _from_vemden(state: dict[str, Tensor], units: int) -> dict[str, Tensor]:
+    """vEMden's tensors under our names; the gates' convolutions joined."""
+    ours: dict[str, Tensor] = {}
+    for kind in ("weight", "bias"):
+        for theirs, name in _VEMDEN_OUTER.items():
+            ours[f"{name}.{kind}"] = state[f"{theirs}.{kind}"]
+        for unit in range(units):
+            for layer in ("centre", "neighbour"):
+                gates = sorted((place, gate) for gate, (side, place) in _VEMDEN_GATES.items() if side == layer)
+                parts = [state[f"BU.{unit}.{gate}.{kind}"] for _, gate in gates]
+                ours[f"units.{unit}.{layer}.{kind}"] = torch.cat(parts)
+    return ours
+
+
+def _network(units: int, channels: int, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> NRRN:
+    with torch.device("meta"):  # no arithmetic for initial weights that are replaced at once
+        network = NRRN(units, channels)
+    try:
+        network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise InputError(f"{path} does not fit an NRRN of {units} units, {channels} channels: {first}") from error
+    return network.eval().requires_grad_(False)

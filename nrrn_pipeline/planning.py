@@ -1,0 +1,216 @@
+"""Which slabs to denoise, how, and into what: decided before any voxel is read.
+
+A plan is small and pickles: it goes with every task. Two plans with one fingerprint give the same voxels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from nrrn_pipeline import storage
+from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.geometry import Box, Cut, Shape, Span, boxes_of, tiles_of
+from nrrn_pipeline.volume import Volume
+
+ALGORITHM = 1  # raised whenever the same settings would give other voxels than before
+
+CHUNK: Shape = (16, 256, 256)  # 1 MiB of uint8: what a viewer fetches at a time
+SHARD: Shape = (64, 512, 512)  # 16 MiB of uint8: few files, yet one task's worth
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A weights file and what a plan must know of it."""
+
+    path: str
+    sha256: str
+    units: int
+    channels: int
+
+
+@dataclass(frozen=True, order=True)
+class Slab:
+    """One unit of work, in the source's voxels: `keep` is written, `read` is read for it."""
+
+    keep: Box
+    read: Box
+
+    @property
+    def key(self) -> str:
+        """Its name in the ledger."""
+        return f"z{self.keep.z.start}-y{self.keep.y.start}-x{self.keep.x.start}"
+
+    def tiles(self, tile: int, halo: int) -> Iterator[tuple[Cut, Cut]]:
+        """The (y, x) cuts of its planes that the network sees one at a time."""
+        for y in tiles_of(self.keep.y, self.read.y, tile, halo):
+            for x in tiles_of(self.keep.x, self.read.x, tile, halo):
+                yield y, x
+
+
+@dataclass(frozen=True)
+class DenoisePlan:
+    """Everything that one run does. `box` is the part of the source that becomes the whole of the target."""
+
+    source: Volume
+    target: Volume
+    box: Box
+    weights: Weights
+    slab: Shape
+    tile: int = 256
+    halo: int = 7
+    images: int = 3
+    statistics: str = "slice"
+
+    @property
+    def group_url(self) -> str:
+        """The OME-Zarr group that holds the target."""
+        return self.target.url.rpartition("/")[0]
+
+    @property
+    def slabs(self) -> tuple[Slab, ...]:
+        """All slabs, in storage order."""
+        return tuple(self._slab(keep) for keep in boxes_of(self.box, self.slab))
+
+    @property
+    def statistics_z(self) -> Span:
+        """The slices whose statistics are needed: the triplets' own, or all for statistics of the volume."""
+        return self.source.box.z if self.statistics == "volume" else self.box.z.grown(1, self.source.box.z)
+
+    def target_box(self, slab: Slab) -> Box:
+        """Where the slab's kept voxels lie in the target."""
+        z, y, x = slab.keep.within(self.box)
+        return Box(Span(z.start, z.stop), Span(y.start, y.stop), Span(x.start, x.stop))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Whatever changes a voxel of the output, or which task writes it; JSON."""
+        return {
+            "algorithm": ALGORITHM,
+            "source": self.source.url,
+            "source shape": list(self.source.shape),
+            "dtype": self.source.dtype,
+            "roi": str(self.box),
+            "weights sha256": self.weights.sha256,
+            "slab": list(self.slab),
+            "shard": list(self.target.write_unit),
+            "chunk": list(self.target.chunk),
+            "tile": self.tile,
+            "halo": self.halo,
+            "images": self.images,
+            "statistics": self.statistics,
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the settings."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+
+    def _slab(self, keep: Box) -> Slab:
+        bounds = self.source.box
+        z, y, x = (
+            span.grown(halo, bound)
+            for span, halo, bound in zip(keep.spans, (1, self.halo, self.halo), bounds.spans, strict=True)
+        )
+        return Slab(keep, Box(z, y, x))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a user may ask for of the work's cut and the output's storage; None takes the default."""
+
+    slab: Shape | None = None
+    chunk: Shape | None = None
+    shard: Shape | None = None
+    tile: int = 256
+    halo: int | None = None
+
+
+def plan_denoise(
+    source: Volume,
+    group_url: str,
+    weights: Weights,
+    layout: Layout = Layout(),  # noqa: B008  (frozen)
+    roi: Box | None = None,
+    method: tuple[int, str] = (3, "slice"),
+) -> DenoisePlan:
+    """The plan that denoises `source`, or its part `roi`, into a new OME-Zarr group at `group_url`.
+
+    `method`: images a slice is made from (3, 2, 1), and statistics of each "slice" or of the whole "volume".
+
+    Raises InputError if the settings cannot give an exact output; reads and writes nothing.
+    """
+    images, statistics = method
+    if images not in (1, 2, 3):
+        raise InputError(f"images {images} is not possible: use 3 (the paper's method), 2 or 1")
+    if statistics not in ("slice", "volume"):
+        raise InputError(f"statistics {statistics!r} is unknown: use slice or volume")
+    group_url = storage.absolute(group_url)
+    _refuse_overlap(source.url, group_url)
+    box = roi or source.box
+    for span, bound, axis in zip(box.spans, source.box.spans, "zyx", strict=True):
+        if not bound.start <= span.start < span.stop <= bound.stop:
+            raise InputError(f"roi {axis}={span.start}:{span.stop} is empty or outside the volume's 0:{bound.stop}")
+    target = parallel_volume(source, f"{group_url}/0", box, layout)
+    slab = layout.slab or target.write_unit
+    _refuse_unaligned(slab, target)
+    reach = weights.units + 3
+    halo = reach if layout.halo is None else layout.halo
+    if halo < reach:
+        raise InputError(f"halo {halo} is less than the network's reach {reach}: seams would show; use {reach} or more")
+    if layout.tile <= 2 * halo:
+        raise InputError(
+            f"tile {layout.tile} keeps nothing of a halo of {halo} on each side: use more than {2 * halo}, such as 256"
+        )
+    return DenoisePlan(source, target, box, weights, slab, layout.tile, halo, images, statistics)
+
+
+def parallel_volume(source: Volume, url: str, box: Box, layout: Layout) -> Volume:
+    """The array that will hold the denoised `box`: the source's dtype, axes and voxel size, in its own storage units.
+
+    Raises InputError if the shard is not made of whole chunks.
+    """
+    chunk = layout.chunk or _fitted(CHUNK, box.shape, (1, 1, 1))
+    shard = layout.shard or _fitted(SHARD, box.shape, chunk)
+    for size, unit, axis in zip(shard, chunk, "zyx", strict=True):
+        if size < 1 or unit < 1 or size % unit:
+            raise InputError(f"shard {axis}={size} is not a multiple of the chunk's {unit}: use {unit} or {2 * unit}")
+    origin = tuple(
+        start + span.start * size for start, span, size in zip(source.origin, box.spans, source.voxel_size, strict=True)
+    )
+    return Volume(
+        url=url,
+        shape=box.shape,
+        dtype=source.dtype,
+        chunk=chunk,
+        write_unit=shard,
+        axes=source.axes,
+        voxel_size=source.voxel_size,
+        origin=(origin[0], origin[1], origin[2]),
+        in_nm=source.in_nm,
+    )
+
+
+def _fitted(wanted: Shape, extent: Shape, unit: Shape) -> Shape:
+    """`wanted`, but no more than holds the whole extent; a multiple of `unit`."""
+    z, y, x = (max(u, min(-(-n // u) * u, w // u * u)) for w, n, u in zip(wanted, extent, unit, strict=True))
+    return z, y, x
+
+
+def _refuse_unaligned(slab: Shape, target: Volume) -> None:
+    for size, unit, length, axis in zip(slab, target.write_unit, target.shape, "zyx", strict=True):
+        if size < 1 or (size % unit and size < length):
+            near = max(unit, round(size / unit) * unit)
+            raise InputError(
+                f"slab {axis}={size} is not a multiple of the target's write unit {unit}: two tasks would share a "
+                f"shard; use {axis}={near}"
+            )
+
+
+def _refuse_overlap(source_url: str, group_url: str) -> None:
+    for inner, outer in ((source_url, group_url), (group_url, source_url)):
+        if inner == outer or inner.startswith(outer + "/"):
+            raise InputError(f"the output {group_url} lies on top of the input {source_url}: choose another path")

@@ -1,0 +1,231 @@
+"""Running a plan: check the output, measure statistics, denoise what is not done, and check that all is.
+
+A runner takes a task and its items, in any order, on any machines, and gives an outcome for each. `run_serially` is
+the specification; the Dask runner must be told apart from it by speed alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import platform
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from typing import Any, Protocol
+
+import distributed
+
+from nrrn_pipeline import storage
+from nrrn_pipeline.errors import InputError, NrrnError, RunError
+from nrrn_pipeline.ledger import Ledger, Record
+from nrrn_pipeline.planning import DenoisePlan
+from nrrn_pipeline.slab import SlabTask, denoise_slab
+from nrrn_pipeline.statistics import SliceStatistics, measure_box, merge_boxes, statistics_boxes
+from nrrn_pipeline.volume import create_volume, get_provenance, is_zarr, set_provenance
+
+ATTEMPTS = 3  # of one item before it is set aside
+WINDOW = 2  # items with the scheduler a worker: one at work, one waiting; a death then suspects few
+_PERMANENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one item: a result, or the error of its last attempt."""
+
+    item: Any
+    result: Any = None
+    error: BaseException | None = None
+
+
+class Runner(Protocol):
+    """Runs a task on every item; an error that no retry can mend is raised at once, as RunError or InputError."""
+
+    def __call__(self, task: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Outcome]:
+        """One outcome an item, in any order."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: slices' boxes measured, or slabs denoised; `voxels` are those done by this run."""
+
+    stage: str
+    done: int
+    total: int
+    voxels: int = 0
+    record: Record | None = None
+
+
+def run_serially(task: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Outcome]:
+    """One item after the other, in this process."""
+    for item in items:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                outcome = Outcome(item, task(item))
+            except Exception as error:
+                _raise_permanent(error)
+                outcome = Outcome(item, error=error)
+                if attempt < ATTEMPTS:
+                    continue
+            yield outcome
+            break
+
+
+@dataclass(frozen=True)
+class DaskRunner:
+    """Items as single futures on a Dask cluster, a bounded window of them at a time: no graph, no voxels sent."""
+
+    client: distributed.Client
+
+    def __call__(self, task: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Outcome]:
+        """One outcome an item, as they finish. Whatever is in flight when the caller stops asking is cancelled."""
+        waiting = ((item, 1) for item in items)
+        again: list[tuple[Any, int]] = []
+        running: dict[Any, tuple[Any, int]] = {}
+        finished, resources = distributed.as_completed(), self._resources()
+        try:
+            while True:
+                while len(running) < self._window() and (entry := again.pop() if again else next(waiting, None)):
+                    future = self.client.submit(task, entry[0], pure=False, resources=resources)
+                    running[future] = entry
+                    finished.add(future)
+                if not running:
+                    return
+                future = next(finished)
+                item, attempt = running.pop(future)
+                error = future.exception()
+                if error is None:
+                    yield Outcome(item, future.result())
+                    continue
+                _raise_permanent(error)
+                if attempt < ATTEMPTS:
+                    again.append((item, attempt + 1))
+                else:
+                    yield Outcome(item, error=error)
+        finally:
+            self.client.cancel(list(running))
+
+    def _window(self) -> int:
+        return WINDOW * max(1, len(self.client.nthreads()))
+
+    def _resources(self) -> dict[str, int] | None:
+        """One GPU a task, on a cluster whose workers declare GPUs."""
+        workers = self.client.scheduler_info()["workers"].values()
+        return {"GPU": 1} if any("GPU" in worker.get("resources", {}) for worker in workers) else None
+
+
+def run_plan(plan: DenoisePlan, runner: Runner, device: str = "auto", overwrite: bool = False) -> Iterator[Progress]:
+    """Carry out a plan, or what is left of it, yielding its progress; when it ends, the output is complete.
+
+    Raises InputError if the output exists and was made otherwise (unless `overwrite`), or the source holds NaN; nothing
+    is written then. Raises RunError if a slab failed on every attempt or storage is full: what is done is kept.
+    """
+    ledger = Ledger(plan.target.url)
+    claim_output(plan, ledger, overwrite)
+    statistics = yield from _statistics(plan, ledger, runner)
+    if not storage.exists(f"{plan.target.url}/zarr.json"):
+        create_volume(plan.target, plan.group_url, _provenance(plan))
+    yield from _slabs(plan, statistics, runner, device)
+    provenance = get_provenance(plan.group_url) or {}
+    if provenance.get("state") != "complete":
+        set_provenance(plan.group_url, provenance | {"state": "complete", "completed": _now()})
+
+
+def claim_output(plan: DenoisePlan, ledger: Ledger, overwrite: bool) -> None:
+    """Make the output this plan's, or refuse: what exists is resumed under the same fingerprint, never reused else."""
+    url = plan.group_url
+    if overwrite and storage.exists(url):
+        if ledger.settings() is None and not is_zarr(url):
+            raise InputError(f"{url} is not a Zarr: it will not be overwritten; delete it yourself or choose another path")
+        storage.remove_tree(url)
+    if ledger.settings() is not None:
+        if changes := ledger.changes(plan):
+            raise InputError(
+                f"{url} was begun with other settings: {'; '.join(changes)}. Give the old settings to resume it, "
+                "another output, or --overwrite to start again"
+            )
+        return
+    if storage.exists(url):
+        raise InputError(f"{url} exists and was not made by nrrn denoise: choose another output, or --overwrite")
+    try:
+        ledger.begin(plan)
+    except OSError as error:
+        raise InputError(f"the output {url} cannot be written: {error.strerror or error}") from error
+
+
+def _statistics(
+    plan: DenoisePlan, ledger: Ledger, runner: Runner
+) -> Generator[Progress, None, SliceStatistics]:
+    """Those kept by an earlier run, or measured now; normalised with whatever the plan says."""
+    statistics = ledger.statistics()
+    if statistics is None:
+        boxes = statistics_boxes(plan.source, plan.statistics_z)
+        parts = []
+        yield Progress("statistics", 0, len(boxes))
+        try:
+            for outcome in runner(partial(measure_box, plan.source), boxes):
+                if outcome.error is not None:
+                    raise RunError(f"the source cannot be read: {_line(outcome.error)}") from outcome.error
+                parts.append(outcome.result)
+                yield Progress("statistics", len(parts), len(boxes))
+        except InputError:
+            storage.remove_tree(plan.group_url)  # bad input leaves nothing behind
+            raise
+        statistics = merge_boxes(parts)
+        ledger.put_statistics(statistics)
+    return statistics.pooled() if plan.statistics == "volume" else statistics
+
+
+def _slabs(plan: DenoisePlan, statistics: SliceStatistics, runner: Runner, device: str) -> Iterator[Progress]:
+    """Denoise every slab that the ledger lacks."""
+    slabs, ledger = plan.slabs, Ledger(plan.target.url)
+    recorded = ledger.done()
+    tasks = [SlabTask(slab, statistics.of(slab.read.z)) for slab in slabs if slab.key not in recorded]
+    done, voxels, failed = len(slabs) - len(tasks), 0, []
+    yield Progress("denoising", done, len(slabs))
+    for outcome in runner(partial(denoise_slab, plan, device), tasks):
+        if outcome.error is not None:
+            failed.append(f"{outcome.item.slab.key}: {_line(outcome.error)}")
+            continue
+        done, voxels = done + 1, voxels + outcome.result.voxels
+        yield Progress("denoising", done, len(slabs), voxels, outcome.result)
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {len(slabs)} slabs failed {ATTEMPTS} times: {'; '.join(failed[:5])}. The others are "
+            "done; run the same command again to try these"
+        )
+    if missing := {slab.key for slab in slabs} - ledger.done():
+        raise RunError(f"{len(missing)} slabs have no record, such as {min(missing)}: run the same command again")
+
+
+def _raise_permanent(error: BaseException) -> None:
+    """Raise what no retry can mend."""
+    if isinstance(error, NrrnError):
+        raise error
+    if isinstance(error, OSError) and error.errno in _PERMANENT:
+        where = f" ({error.filename})" if error.filename else ""
+        raise RunError(
+            f"storage refused a read or write: {error.strerror}{where}. What is done is kept: mend this and run the "
+            "same command again"
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _provenance(plan: DenoisePlan) -> dict[str, Any]:
+    packages = ("nrrn-pipeline", "torch", "zarr", "dask", "numpy")
+    return {
+        "state": "unfinished",
+        "begun": _now(),
+        "fingerprint": plan.fingerprint,
+        "settings": plan.settings,
+        "weights": plan.weights.path,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+    }

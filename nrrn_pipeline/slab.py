@@ -1,0 +1,108 @@
+"""One slab, from noisy to denoised voxels: read once with its halo, normalise, tile, run, crop, write, record.
+
+Source of the stitching: Giannios et al., crop-and-discard: tiles overlap by the halo, and every voxel comes from the
+one tile that keeps it. With a halo no smaller than the network's reach this equals the network on whole slices.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from time import perf_counter, time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nrrn_pipeline.errors import RunError
+from nrrn_pipeline.geometry import Span
+from nrrn_pipeline.ledger import Ledger, Record, peak_memory_bytes
+from nrrn_pipeline.network import Network, load_network
+from nrrn_pipeline.planning import DenoisePlan, Slab
+from nrrn_pipeline.statistics import SliceStatistics
+from nrrn_pipeline.volume import read_box, write_box
+
+
+@dataclass(frozen=True)
+class SlabTask:
+    """What a worker is sent: a slab and the statistics of the slices it reads."""
+
+    slab: Slab
+    statistics: SliceStatistics
+
+
+def denoise_slab(plan: DenoisePlan, device: str, task: SlabTask) -> Record:
+    """Denoise one slab from storage to storage, then record it; safe to do twice, anywhere, in any order.
+
+    Raises RunError if the network gives numbers that are not finite, and whatever storage raises.
+    """
+    started = perf_counter()
+    weights, slab = plan.weights, task.slab
+    network = load_network(weights.path, weights.sha256, device, plan.images)
+    noisy = read_box(plan.source, slab.read)
+    denoised = denoise_voxels(noisy, task, network, (plan.tile, plan.halo))
+    write_box(plan.target, plan.target_box(slab), denoised)
+    record = Record(
+        key=slab.key,
+        voxels=slab.keep.size,
+        seconds=perf_counter() - started,
+        finished=time(),
+        worker=f"{socket.gethostname()}:{os.getpid()}",
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+    Ledger(plan.target.url).put(record)  # last: a slab is done when, and only when, it is recorded
+    return record
+
+
+def denoise_voxels(noisy: NDArray[Any], task: SlabTask, network: Network, tiling: tuple[int, int]) -> NDArray[Any]:
+    """The noisy voxels of `slab.read` -> the denoised voxels of `slab.keep`, in the same dtype.
+
+    `tiling`: tile and halo in voxels. A blank slice passes through unchanged.
+    """
+    slab, statistics = task.slab, task.statistics
+    denoised = noisy[slab.keep.within(slab.read)].copy()
+    for stack_z in stacks_of(slab.keep.z, _in_use(statistics)):
+        rows = [z - slab.read.z.start for z in stack_z]
+        mean, std = (np.float32(values)[rows, None, None] for values in (statistics.mean, statistics.std))
+        first, last = stack_z[1] - slab.keep.z.start, stack_z[-2] - slab.keep.z.start
+        for y, x in slab.tiles(*tiling):
+            tile = noisy[:, y.read.within(slab.read.y), x.read.within(slab.read.x)][rows]
+            estimate = network((tile - mean) / std)[:, y.crop, x.crop] * std[1:-1] + mean[1:-1]
+            place = slice(first, last + 1), y.keep.within(slab.keep.y), x.keep.within(slab.keep.x)
+            denoised[place] = _as_dtype(estimate, noisy.dtype)
+    return denoised
+
+
+def stacks_of(keep: Span, in_use: set[int]) -> Iterator[list[int]]:
+    """The slices of `keep` that are `in_use`, in stacks of consecutive ones between their two outer neighbours.
+
+    Where a neighbour is missing, at the volume's end or because it is blank, the existing one takes its place; a
+    slice without any is its own neighbour.
+    """
+
+    def neighbour(z: int, step: int) -> int:
+        return next((near for near in (z + step, z - step) if near in in_use), z)
+
+    run: list[int] = []
+    for z in range(keep.start, keep.stop + 1):
+        if z < keep.stop and z in in_use:
+            run.append(z)
+        elif run:
+            yield [neighbour(run[0], -1), *run, neighbour(run[-1], +1)]
+            run = []
+
+
+def _in_use(statistics: SliceStatistics) -> set[int]:
+    return {z for z, std in enumerate(statistics.std, start=statistics.first_z) if std > 0}
+
+
+def _as_dtype(estimate: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Rounded and clipped to the range of an integer dtype."""
+    if not np.isfinite(estimate).all():
+        raise RunError("the network gave voxels that are not finite numbers: its weights are damaged or did not train")
+    if dtype.kind == "f":
+        return estimate
+    limits = np.iinfo(dtype)
+    return np.clip(np.rint(estimate), limits.min, limits.max).astype(dtype)

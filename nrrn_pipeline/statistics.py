@@ -1,0 +1,116 @@
+"""Mean and standard deviation of every slice, over the whole slice, so that no tile or slab shows in the output.
+
+Each task measures a box; boxes are merged in one fixed order (Chan, Golub & LeVeque 1979), so the result does not
+depend on which worker was first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Self
+
+import numpy as np
+
+from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.geometry import Box, Shape, Span, boxes_of
+from nrrn_pipeline.volume import Volume, read_box
+
+MAX_VOXELS = 2**25  # of one task's box: 32 MiB of uint8
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of some voxels of one slice: how many, their mean, and the sum of their squared deviations from it."""
+
+    count: int
+    mean: float
+    squares: float
+
+    def merged(self, other: Moments) -> Moments:
+        """The moments of both sets of voxels together."""
+        count = self.count + other.count
+        apart = other.mean - self.mean
+        mean = self.mean + apart * other.count / count
+        return Moments(count, mean, self.squares + other.squares + apart**2 * self.count * other.count / count)
+
+
+@dataclass(frozen=True)
+class SliceStatistics:
+    """Mean and standard deviation, in grey levels, of slices first_z, first_z + 1, ...; std 0 marks a blank slice."""
+
+    first_z: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def of(self, z: Span) -> SliceStatistics:
+        """Those of some of the slices."""
+        part = slice(z.start - self.first_z, z.stop - self.first_z)
+        return SliceStatistics(z.start, self.mean[part], self.std[part])
+
+    def pooled(self) -> SliceStatistics:
+        """One mean and std, those of all voxels, for every slice; blank slices stay marked.
+
+        All slices have the same number of voxels.
+        """
+        mean = float(np.mean(self.mean))
+        std = float(np.sqrt(np.mean(np.square(self.std) + np.square(np.array(self.mean) - mean))))
+        return SliceStatistics(
+            self.first_z, (mean,) * len(self.mean), tuple(std if own > 0 else 0.0 for own in self.std)
+        )
+
+    def to_json(self) -> bytes:
+        """Exact to the last bit: JSON writes floats so that they read back equal."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Self:
+        """What to_json wrote."""
+        fields = json.loads(data)
+        return cls(int(fields["first_z"]), tuple(fields["mean"]), tuple(fields["std"]))
+
+
+def statistics_boxes(volume: Volume, z: Span) -> tuple[Box, ...]:
+    """Boxes of whole chunks that cover the slices `z`, each small enough for one task."""
+    step = list(volume.write_unit)
+    for axis in (2, 1):  # whole rows, then whole slices, as far as memory allows
+        while step[axis] < volume.shape[axis] and 2 * int(np.prod(step)) <= MAX_VOXELS:
+            step[axis] *= 2
+    deep = Span(z.start - z.start % step[0], z.stop)  # on the chunk grid, so that no chunk is read twice
+    whole = Box(deep, volume.box.y, volume.box.x)
+    steps: Shape = (step[0], step[1], step[2])
+    return tuple(Box(box.z.grown(0, z), box.y, box.x) for box in boxes_of(whole, steps))
+
+
+def measure_box(volume: Volume, box: Box) -> tuple[Box, tuple[Moments, ...]]:
+    """The moments of each slice's part in the box.
+
+    Raises InputError if a voxel is not a finite number.
+    """
+    moments = []
+    for z, plane in enumerate(read_box(volume, box), start=box.z.start):
+        if not np.isfinite(plane).all():
+            raise InputError(
+                f"{volume.url} holds NaN or infinite voxels in slice z={z}: replace them (with 0, say) before denoising"
+            )
+        first = float(plane.flat[0])  # a blank slice then has deviations, and so a std, of exactly 0
+        values = plane.astype(np.float64) - first
+        shift = float(values.mean())
+        values -= shift
+        moments.append(Moments(values.size, first + shift, float(np.vdot(values, values))))
+    return box, tuple(moments)
+
+
+def merge_boxes(parts: Iterable[tuple[Box, Sequence[Moments]]]) -> SliceStatistics:
+    """The statistics of all slices that the measured boxes cover."""
+    slices: dict[int, Moments] = {}
+    for box, moments in sorted(parts, key=lambda part: part[0]):
+        for z, found in enumerate(moments, start=box.z.start):
+            slices[z] = slices[z].merged(found) if z in slices else found
+    order = sorted(slices)
+    return SliceStatistics(
+        first_z=order[0],
+        mean=tuple(slices[z].mean for z in order),
+        std=tuple(float(np.sqrt(slices[z].squares / slices[z].count)) for z in order),
+    )

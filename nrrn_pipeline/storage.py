@@ -1,0 +1,77 @@
+"""Small files beside a volume, on a local path or any fsspec URL: whole files in, whole files out."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+
+
+def absolute(url: str | os.PathLike[str]) -> str:
+    """The URL, or the absolute path with links resolved, without a trailing slash."""
+    url = os.fspath(url).removeprefix("file://")
+    if "://" in url:
+        return url.rstrip("/")
+    return os.path.realpath(os.path.expanduser(url))
+
+
+def write_file(url: str, data: bytes) -> None:
+    """Write a whole file; nobody ever sees a part of it."""
+    files, path = _resolve(url)
+    if "://" in url:
+        files.pipe_file(path, data)  # an object appears whole or not at all
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    partial = f"{path}.{uuid.uuid4().hex}.partial"
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+        os.replace(partial, path)
+    except BaseException:
+        if os.path.exists(partial):
+            os.unlink(partial)
+        raise
+
+
+def read_file(url: str) -> bytes | None:
+    """The file's bytes; None if, and only if, there is no such file."""
+    files, path = _resolve(url)
+    try:
+        data: bytes = files.cat_file(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return data
+
+
+def list_files(url: str) -> Iterator[str]:
+    """Names of the whole files in a folder, in no order; none if there is no such folder."""
+    files, path = _resolve(url)
+    files.invalidate_cache()
+    try:
+        entries = files.ls(path, detail=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for entry in entries:
+        if not entry.endswith(".partial"):
+            yield entry.rstrip("/").rpartition("/")[2]
+
+
+def exists(url: str) -> bool:
+    """Whether there is a file or a folder that is not empty."""
+    files, path = _resolve(url)
+    files.invalidate_cache()
+    return bool(files.exists(path)) and not (files.isdir(path) and not files.ls(path))
+
+
+def remove_tree(url: str) -> None:
+    """Delete a folder with all in it."""
+    files, path = _resolve(url)
+    files.rm(path, recursive=True)
+
+
+def _resolve(url: str) -> tuple[Any, str]:
+    files, path = fsspec.core.url_to_fs(url)
+    return files, path

@@ -1,0 +1,238 @@
+"""Volumes in Zarr: OME-Zarr 0.5 and 0.4 groups and bare arrays, in z, y, x order. The only file that knows zarr."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import ZstdCodec
+from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.errors import ArrayNotFoundError, GroupNotFoundError, NodeTypeValidationError
+from zarr.storage import FsspecStore, LocalStore, WrapperStore
+
+from nrrn_pipeline import ome, storage
+from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.geometry import Box, Shape, box_of
+
+if TYPE_CHECKING:
+    import xarray
+
+DTYPES = ("uint8", "uint16", "float32")
+_AXES = {3: ("z", "y", "x"), 4: ("c", "z", "y", "x"), 5: ("t", "c", "z", "y", "x")}
+
+
+@dataclass(frozen=True)
+class Volume:
+    """A description of one stored 3-D array; it holds nothing open, so it pickles.
+
+    shape, chunk and write_unit are voxels in z, y, x order; write_unit is the shard if sharded, else the chunk.
+    voxel_size and origin are nm if in_nm; where a file names no unit they are the file's own numbers.
+    """
+
+    url: str
+    shape: Shape
+    dtype: str
+    chunk: Shape
+    write_unit: Shape
+    axes: tuple[str, ...] = ("z", "y", "x")
+    voxel_size: ome.Triple = (1.0, 1.0, 1.0)
+    origin: ome.Triple = (0.0, 0.0, 0.0)
+    in_nm: bool = False
+
+    @property
+    def box(self) -> Box:
+        """All of its voxels."""
+        return box_of(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one voxel."""
+        return np.dtype(self.dtype).itemsize
+
+    @property
+    def voxel_nm(self) -> ome.Triple | None:
+        """Voxel size in nm, if the file says."""
+        return self.voxel_size if self.in_nm else None
+
+    def to_xarray(self) -> xarray.DataArray:
+        """A lazy (z, y, x) DataArray in the array's own chunks, with coordinates of the voxels' centres in nm."""
+        import dask.array
+        import xarray
+
+        lead = (0,) * (len(self.axes) - 3)
+        lazy = dask.array.from_zarr(_open_array(self.url, "r"))[lead]
+        unit = {"units": "nm" if self.in_nm else "unknown"}
+        coordinates = {
+            axis: (axis, origin + size * np.arange(length), unit)
+            for axis, length, size, origin in zip("zyx", self.shape, self.voxel_size, self.origin, strict=True)
+        }
+        return xarray.DataArray(lazy, coords=coordinates, dims=("z", "y", "x"), name=os.path.basename(self.url))
+
+
+def open_volume(url: str | os.PathLike[str], level: int = 0) -> Volume:
+    """Describe the volume at a path or URL: level `level` of an OME-Zarr image, or a bare Zarr array.
+
+    Raises InputError if nothing is there, it is no Zarr, has no such level, or is no single-channel 3-D volume of
+    uint8, uint16 or float32.
+    """
+    url = storage.absolute(url)
+    node = _open_node(url)
+    if isinstance(node, zarr.Array):
+        axes = _AXES.get(node.ndim, ("?",) * node.ndim)
+        named = getattr(node.metadata, "dimension_names", None)
+        if named and all(named):
+            axes = tuple(str(name).lower() for name in named)
+        return _describe(node, url, ome.Level("", axes, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), in_nm=False))
+    try:
+        levels = ome.read_levels(node.attrs.asdict())
+    except InputError as error:
+        raise InputError(f"{url} cannot be used: {error}") from error
+    if not levels:
+        arrays = ", ".join(sorted(node.array_keys())) or "none"
+        raise InputError(
+            f"{url} is a Zarr group without OME-Zarr multiscales metadata: name one of its arrays ({arrays})"
+        )
+    if not 0 <= level < len(levels):
+        raise InputError(f"{url} has no level {level}: its levels are 0 to {len(levels) - 1}")
+    chosen = levels[level]
+    inner = f"{url}/{chosen.path}"
+    array = _open_node(inner)
+    if not isinstance(array, zarr.Array):
+        raise InputError(f"{inner} is named as level {level} of {url} but is no array")
+    return _describe(array, inner, chosen)
+
+
+def read_box(volume: Volume, box: Box) -> NDArray[Any]:
+    """The box's voxels, (z, y, x), in the volume's dtype and the machine's byte order."""
+    array = _open_array(volume.url, "r")
+    found = np.asarray(array[_full_selection(volume, box)]).reshape(box.shape)
+    return np.ascontiguousarray(found, dtype=volume.dtype)
+
+
+def write_box(volume: Volume, box: Box, voxels: NDArray[Any]) -> None:
+    """Overwrite whole write units with (z, y, x) voxels; what was stored there is never read.
+
+    Raises ValueError if the box does not consist of whole write units, clipped only by the volume's end.
+    """
+    for span, unit, end in zip(box.spans, volume.write_unit, volume.shape, strict=True):
+        if span.start % unit or (span.stop % unit and span.stop != end):
+            raise ValueError(f"box {box} is not made of whole write units {volume.write_unit}")
+    lead = (1,) * (len(volume.axes) - 3)
+    array = _open_array(volume.url, "r+").with_config({"write_empty_chunks": True})
+    array[_full_selection(volume, box)] = voxels.reshape(lead + voxels.shape)
+
+
+def create_volume(volume: Volume, group_url: str, provenance: dict[str, Any]) -> None:
+    """Create the array that `volume` describes, inside a new OME-Zarr 0.5 group at `group_url`; no voxels yet."""
+    path = volume.url.removeprefix(group_url + "/")
+    level = ome.Level(path, volume.axes, volume.voxel_size, volume.origin, volume.in_nm)
+    lead = (1,) * (len(volume.axes) - 3)
+    name = os.path.basename(group_url)
+    attributes = {"ome": ome.image_attributes(name, level), "nrrn": provenance}
+    group = zarr.open_group(_store(group_url), mode="a", zarr_format=3, attributes=attributes)
+    group.create_array(
+        path,
+        shape=lead + volume.shape,
+        dtype=volume.dtype,
+        chunks=lead + volume.chunk,
+        shards=None if volume.write_unit == volume.chunk else lead + volume.write_unit,
+        compressors=ZstdCodec(level=3),
+        dimension_names=volume.axes,
+        fill_value=0,
+    )
+
+
+def set_provenance(group_url: str, provenance: dict[str, Any]) -> None:
+    """Store under the group's attribute `nrrn` how its voxels came to be."""
+    zarr.open_group(_store(group_url), mode="r+").attrs["nrrn"] = provenance
+
+
+def get_provenance(group_url: str) -> dict[str, Any] | None:
+    """What set_provenance stored; None for other groups."""
+    node = _open_node(storage.absolute(group_url))
+    found = node.attrs.asdict().get("nrrn")
+    return found if isinstance(found, dict) else None
+
+
+def is_zarr(url: str) -> bool:
+    """Whether a Zarr group or array is at the URL."""
+    try:
+        _open_node(url)
+    except InputError:
+        return False
+    return True
+
+
+class _Unread(WrapperStore[Any]):
+    """A store whose chunks look absent.
+
+    zarr reads a shard back before it replaces one that the volume's end clips: a shard torn by a killed worker
+    would fail every retry. A task here owns whole write units, so there is never anything to keep.
+    """
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: Any = None) -> Buffer | None:
+        if key.endswith(("zarr.json", ".zarray", ".zattrs")):
+            return await super().get(key, prototype, byte_range)
+        return None
+
+
+def _store(url: str, read_only: bool = False) -> LocalStore | FsspecStore:
+    if "://" in url:
+        return FsspecStore.from_url(url, read_only=read_only)
+    return LocalStore(url, read_only=read_only)
+
+
+def _open_array(url: str, mode: str) -> Any:
+    if mode == "r":
+        return zarr.open_array(_store(url, read_only=True), mode="r")
+    return zarr.open_array(_Unread(_store(url)), mode="r+")
+
+
+def _open_node(url: str) -> Any:
+    """The Zarr array or group there, or an InputError that says why there is none."""
+    if not storage.exists(url):
+        raise InputError(f"no volume at {url}: there is nothing there")
+    try:
+        return zarr.open(_store(url, read_only=True), mode="r")
+    except (FileNotFoundError, NotADirectoryError, ArrayNotFoundError, GroupNotFoundError, NodeTypeValidationError):
+        raise InputError(f"{url} is not a Zarr volume: expected a Zarr array or an OME-Zarr group") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{url} is a damaged Zarr: its metadata cannot be read ({error})") from error
+
+
+def _describe(array: Any, url: str, level: ome.Level) -> Volume:
+    lead = array.ndim - 3
+    if lead < 0 or level.axes[-3:] != ("z", "y", "x") or len(level.axes) != array.ndim:
+        raise InputError(f"{url} has axes {','.join(level.axes)}: expected z,y,x, with single t and c axes before at most")
+    for axis, length in zip(level.axes[:lead], array.shape, strict=False):
+        if length != 1 or axis not in ("t", "c"):
+            raise InputError(f"{url} has {length} entries along axis {axis}: expected single t and c axes before z,y,x")
+    dtype = np.dtype(array.dtype).newbyteorder("=").name
+    if dtype not in DTYPES:
+        raise InputError(f"{url} holds {dtype} voxels: expected {', '.join(DTYPES)}")
+    if 0 in array.shape:
+        raise InputError(f"{url} is empty: its shape is {array.shape}")
+    return Volume(
+        url=url,
+        shape=_last3(array.shape),
+        dtype=dtype,
+        chunk=_last3(array.chunks),
+        write_unit=_last3(array.shards or array.chunks),
+        axes=level.axes,
+        voxel_size=level.voxel_size,
+        origin=level.origin,
+        in_nm=level.in_nm,
+    )
+
+
+def _last3(values: tuple[int, ...]) -> Shape:
+    return cast(Shape, tuple(int(value) for value in values[-3:]))
+
+
+def _full_selection(volume: Volume, box: Box) -> tuple[slice, ...]:
+    lead = (slice(0, 1),) * (len(volume.axes) - 3)
+    return lead + box.within(volume.box)
