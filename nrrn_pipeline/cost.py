@@ -6,15 +6,12 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from time import perf_counter
 
-import numpy as np
 import psutil
-import torch
 
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Shape
-from nrrn_pipeline.network import NRRN, in_slot
+from nrrn_pipeline.network import NRRN, activation_bytes, flop_per_voxel, in_slot, seconds_per_pixel
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.statistics import statistics_boxes
 from nrrn_pipeline.volume import Volume
@@ -24,7 +21,7 @@ PROCESS_BYTES = 400 * 2**20  # a worker with Python, Dask, zarr and torch loaded
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a whole plan. Bytes are of voxels, uncompressed; fetched_bytes counts whole chunks, as storage delivers them."""
+    """Of a whole plan. Bytes are of voxels, uncompressed; fetched_bytes counts the whole chunks that hold them."""
 
     slabs: int
     statistics_tasks: int
@@ -49,13 +46,14 @@ def cost_of(plan: DenoisePlan) -> Cost:
     fetched = fetched_voxels(plan.source, (slab.read for slab in slabs))
     statistics = statistics_boxes(plan.source, plan.statistics_z)
     measured = fetched_voxels(plan.source, statistics)
+    flop = flop_per_voxel(plan.weights.units, plan.weights.channels, plan.images)
     return Cost(
         slabs=len(slabs),
         statistics_tasks=len(statistics),
         read_bytes=(read + sum(box.size for box in statistics)) * item,
         fetched_bytes=(fetched + measured) * item,
         written_bytes=plan.box.size * item,
-        flop=float(plan.box.size * _planned_network(plan).flop_per_voxel(plan.images)) * _tile_overhead(plan),
+        flop=flop * plan.box.size * _tile_overhead(plan),
         worker_bytes=worker_bytes(plan),
         amplification=read / plan.box.size,
         chunk_amplification=fetched / plan.box.size,
@@ -77,21 +75,20 @@ def worker_bytes(plan: DenoisePlan) -> int:
     """Peak memory of one worker process: itself, its slab in and out, one tile's stack, the network's maps."""
     slab = max(plan.slabs, key=lambda slab: slab.read.size)
     window_y, window_x = (
-        max(len(cut.read) for cut in cuts)
-        for cuts in zip(*slab.tiles(plan.tile, plan.halo), strict=True)
+        max(len(cut.read) for cut in cuts) for cuts in zip(*slab.tiles(plan.tile, plan.halo), strict=True)
     )
     pixels = window_y * window_x
     item = plan.source.itemsize
     voxels_in, voxels_out = slab.read.size * item, slab.keep.size * item
     encoding = 2 * min(slab.keep.size, prod(plan.target.write_unit)) * item
     stack = len(slab.read.z) * pixels * (item + 4 * 4)  # the tile, normalised in two steps, the estimate, scaled back
-    maps = _planned_network(plan).activation_bytes(pixels, plan.images)
+    maps = activation_bytes(plan.weights.units, plan.weights.channels, pixels, plan.images)
     return PROCESS_BYTES + voxels_in + voxels_out + max(encoding, stack + maps)
 
 
-def default_workers(plan: DenoisePlan, device: torch.device) -> int:
+def default_workers(plan: DenoisePlan, on_gpu: bool) -> int:
     """As many local workers as cores and memory carry; one on a GPU."""
-    if device.type == "cuda":
+    if on_gpu:
         return 1
     fitting = int(0.8 * psutil.virtual_memory().available) // worker_bytes(plan)
     return max(1, min(os.cpu_count() or 1, fitting, len(plan.slabs)))
@@ -109,19 +106,12 @@ def refuse_what_cannot_fit(plan: DenoisePlan, workers: int) -> None:
     )
 
 
-def seconds_per_voxel(plan: DenoisePlan, network: NRRN, device: str, threads: int) -> float:
-    """The network's time for one voxel on this machine, measured on one tile of noise in a few seconds."""
-    rng = np.random.default_rng(0)
-    stack = rng.standard_normal((4, min(plan.tile, plan.source.shape[1]), min(plan.tile, plan.source.shape[2])))
-    ready, before = in_slot(network, device, plan.images), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        ready(stack[:3].astype(np.float32))
-        started = perf_counter()
-        ready(stack.astype(np.float32))
-        return (perf_counter() - started) / stack[1:-1].size * _tile_overhead(plan)
-    finally:
-        torch.set_num_threads(before)
+def seconds_to_run(plan: DenoisePlan, network: NRRN, device: str, workers: int) -> float:
+    """The network's time for the whole plan with that many local workers, from one tile timed here in a few seconds."""
+    window = (min(plan.tile, plan.source.shape[1]), min(plan.tile, plan.source.shape[2]))
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    each = seconds_per_pixel(in_slot(network, device, plan.images), window, threads)
+    return each * plan.box.size * _tile_overhead(plan) / min(workers, len(plan.slabs))
 
 
 def gigabytes(count: float) -> str:
@@ -131,12 +121,6 @@ def gigabytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.2f} {unit}"
         count /= 1000
     raise AssertionError("unreachable")
-
-
-def _planned_network(plan: DenoisePlan) -> NRRN:
-    """A network of the planned size, without its weights."""
-    with torch.device("meta"):
-        return NRRN(plan.weights.units, plan.weights.channels)
 
 
 def _tile_overhead(plan: DenoisePlan) -> float:

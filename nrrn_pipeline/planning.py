@@ -133,7 +133,7 @@ def plan_denoise(
     source: Volume,
     group_url: str,
     weights: Weights,
-    layout: Layout = Layout(),  # noqa: B008  (frozen)
+    layout: Layout = Layout(),
     roi: Box | None = None,
     method: tuple[int, str] = (3, "slice"),
 ) -> DenoisePlan:

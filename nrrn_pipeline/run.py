@@ -122,7 +122,7 @@ def run_plan(plan: DenoisePlan, runner: Runner, device: str = "auto", overwrite:
     is written then. Raises RunError if a slab failed on every attempt or storage is full: what is done is kept.
     """
     ledger = Ledger(plan.target.url)
-    claim_output(plan, ledger, overwrite)
+    claim_output(plan, overwrite)
     statistics = yield from _statistics(plan, ledger, runner)
     if not storage.exists(f"{plan.target.url}/zarr.json"):
         create_volume(plan.target, plan.group_url, _provenance(plan))
@@ -132,31 +132,42 @@ def run_plan(plan: DenoisePlan, runner: Runner, device: str = "auto", overwrite:
         set_provenance(plan.group_url, provenance | {"state": "complete", "completed": _now()})
 
 
-def claim_output(plan: DenoisePlan, ledger: Ledger, overwrite: bool) -> None:
-    """Make the output this plan's, or refuse: what exists is resumed under the same fingerprint, never reused else."""
-    url = plan.group_url
-    if overwrite and storage.exists(url):
-        if ledger.settings() is None and not is_zarr(url):
-            raise InputError(f"{url} is not a Zarr: it will not be overwritten; delete it yourself or choose another path")
-        storage.remove_tree(url)
-    if ledger.settings() is not None:
-        if changes := ledger.changes(plan):
-            raise InputError(
-                f"{url} was begun with other settings: {'; '.join(changes)}. Give the old settings to resume it, "
-                "another output, or --overwrite to start again"
-            )
-        return
-    if storage.exists(url):
+def check_output(plan: DenoisePlan, overwrite: bool = False) -> None:
+    """Refuse an output that exists, unless it was begun with this plan's fingerprint or may be overwritten.
+
+    Raises InputError; reads only.
+    """
+    url, ledger = plan.group_url, Ledger(plan.target.url)
+    begun = ledger.settings() is not None
+    if overwrite:
+        if storage.exists(url) and not begun and not is_zarr(url):
+            raise InputError(f"{url} is no Zarr and is not overwritten: delete it yourself, or choose another output")
+    elif begun and (changes := ledger.changes(plan)):
+        raise InputError(
+            f"{url} was begun with other settings: {'; '.join(changes)}. Give the old settings to resume it, another "
+            "output, or --overwrite to start again"
+        )
+    elif not begun and storage.exists(url):
         raise InputError(f"{url} exists and was not made by nrrn denoise: choose another output, or --overwrite")
+
+
+def claim_output(plan: DenoisePlan, overwrite: bool = False) -> None:
+    """Make the output this plan's: resume what is there, or begin.
+
+    Raises InputError as check_output does, or if nothing can be written there.
+    """
+    check_output(plan, overwrite)
+    url, ledger = plan.group_url, Ledger(plan.target.url)
     try:
-        ledger.begin(plan)
+        if overwrite and storage.exists(url):
+            storage.remove_tree(url)
+        if ledger.settings() is None:
+            ledger.begin(plan)
     except OSError as error:
         raise InputError(f"the output {url} cannot be written: {error.strerror or error}") from error
 
 
-def _statistics(
-    plan: DenoisePlan, ledger: Ledger, runner: Runner
-) -> Generator[Progress, None, SliceStatistics]:
+def _statistics(plan: DenoisePlan, ledger: Ledger, runner: Runner) -> Generator[Progress, None, SliceStatistics]:
     """Those kept by an earlier run, or measured now; normalised with whatever the plan says."""
     statistics = ledger.statistics()
     if statistics is None:

@@ -65,7 +65,7 @@ def denoise_voxels(noisy: NDArray[Any], task: SlabTask, network: Network, tiling
     denoised = noisy[slab.keep.within(slab.read)].copy()
     for stack_z in stacks_of(slab.keep.z, _in_use(statistics)):
         rows = [z - slab.read.z.start for z in stack_z]
-        mean, std = (np.float32(values)[rows, None, None] for values in (statistics.mean, statistics.std))
+        mean, std = (np.array(values, np.float32)[rows, None, None] for values in (statistics.mean, statistics.std))
         first, last = stack_z[1] - slab.keep.z.start, stack_z[-2] - slab.keep.z.start
         for y, x in slab.tiles(*tiling):
             tile = noisy[:, y.read.within(slab.read.y), x.read.within(slab.read.x)][rows]

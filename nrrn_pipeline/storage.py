@@ -36,11 +36,12 @@ def write_file(url: str, data: bytes) -> None:
         raise
 
 
-def read_file(url: str) -> bytes | None:
-    """The file's bytes; None if, and only if, there is no such file."""
+def read_file(url: str, last: int | None = None) -> bytes | None:
+    """The file's bytes, or no more than its `last` ones; None if, and only if, there is no such file."""
     files, path = _resolve(url)
     try:
-        data: bytes = files.cat_file(path)
+        start = None if last is None else max(0, files.size(path) - last)
+        data: bytes = files.cat_file(path, start=start)
     except (FileNotFoundError, NotADirectoryError):
         return None
     return data

@@ -16,7 +16,7 @@ from zarr.storage import FsspecStore, LocalStore, WrapperStore
 
 from nrrn_pipeline import ome, storage
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.geometry import Box, Shape, box_of
+from nrrn_pipeline.geometry import Box, Shape, box_of, boxes_of
 
 if TYPE_CHECKING:
     import xarray
@@ -132,7 +132,7 @@ def create_volume(volume: Volume, group_url: str, provenance: dict[str, Any]) ->
     level = ome.Level(path, volume.axes, volume.voxel_size, volume.origin, volume.in_nm)
     lead = (1,) * (len(volume.axes) - 3)
     name = os.path.basename(group_url)
-    attributes = {"ome": ome.image_attributes(name, level), "nrrn": provenance}
+    attributes: dict[str, Any] = {"ome": ome.image_attributes(name, level), "nrrn": provenance}
     group = zarr.open_group(_store(group_url), mode="a", zarr_format=3, attributes=attributes)
     group.create_array(
         path,
@@ -165,6 +165,37 @@ def is_zarr(url: str) -> bool:
     except InputError:
         return False
     return True
+
+
+def missing_chunks(volume: Volume, unit: Box) -> list[str]:
+    """Which chunks of one write unit were never written, each as the box of its voxels.
+
+    zarr would fill them in silently. Of a shard only the index is read: (offset, length) as uint64 for every chunk,
+    then four bytes of crc32c (Zarr v3 sharding codec, index at the end); a chunk that is absent has all bits set.
+    """
+    array = _open_array(volume.url, "r")
+    place = tuple(span.start // size for span, size in zip(unit.spans, volume.write_unit, strict=True))
+    key = array.metadata.encode_chunk_key((0,) * (len(volume.axes) - 3) + place)
+    grid = [size // chunk for size, chunk in zip(volume.write_unit, volume.chunk, strict=True)]
+    index_bytes = 16 * int(np.prod(grid)) + 4
+    stored = storage.read_file(f"{volume.url}/{key}", last=index_bytes)
+    chunks = list(boxes_of(unit, volume.chunk))
+    if stored is None:
+        return [str(chunk) for chunk in chunks]
+    if volume.chunk == volume.write_unit:
+        return []
+    if len(stored) < index_bytes:
+        raise ValueError(f"its shard of {len(stored)} bytes is shorter than a shard's index of {index_bytes}")
+    index = np.frombuffer(stored[:-4], "<u8").reshape(*grid, 2)
+    absent = np.iinfo(np.uint64).max
+    return [
+        str(chunk)
+        for chunk in chunks
+        if index[
+            tuple((c.start - u.start) // n for c, u, n in zip(chunk.spans, unit.spans, volume.chunk, strict=True))
+        ][0]
+        == absent
+    ]
 
 
 class _Unread(WrapperStore[Any]):
@@ -207,7 +238,9 @@ def _open_node(url: str) -> Any:
 def _describe(array: Any, url: str, level: ome.Level) -> Volume:
     lead = array.ndim - 3
     if lead < 0 or level.axes[-3:] != ("z", "y", "x") or len(level.axes) != array.ndim:
-        raise InputError(f"{url} has axes {','.join(level.axes)}: expected z,y,x, with single t and c axes before at most")
+        raise InputError(
+            f"{url} has axes {','.join(level.axes)}: expected z,y,x, with single t and c axes before at most"
+        )
     for axis, length in zip(level.axes[:lead], array.shape, strict=False):
         if length != 1 or axis not in ("t", "c"):
             raise InputError(f"{url} has {length} entries along axis {axis}: expected single t and c axes before z,y,x")
@@ -230,7 +263,7 @@ def _describe(array: Any, url: str, level: ome.Level) -> Volume:
 
 
 def _last3(values: tuple[int, ...]) -> Shape:
-    return cast(Shape, tuple(int(value) for value in values[-3:]))
+    return cast("Shape", tuple(int(value) for value in values[-3:]))
 
 
 def _full_selection(volume: Volume, box: Box) -> tuple[slice, ...]:

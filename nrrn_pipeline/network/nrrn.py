@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,28 +100,12 @@ class NRRN(nn.Module):
             states.pop(z, None)
         return result
 
-    def flop_per_voxel(self, images: int = 3) -> int:
-        """Floating-point operations of `denoise` for one voxel: its convolutions, a multiply-add as two."""
-        units = len(self.units)
-        inner = 10 * units - 1 if images == 3 else 7 * units + 1  # C -> C
-        outer = 2  # 1 -> C: each slice once as a neighbour, once as a centre
-        return 2 * 9 * (inner * self.channels**2 + outer * self.channels)
-
-    def activation_bytes(self, pixels: int, images: int = 3) -> int:
-        """Memory that `denoise` takes, in float32, for slices of `pixels` pixels: states held and maps in work.
-
-        The maps in work (24 C for two branches, 12 C for one) are the most that one unit holds at a time, measured.
-        """
-        held = 3 if images == 3 else 1
-        maps = held * len(self.units) * 4 + (24 if images == 3 else 12)
-        return 4 * maps * self.channels * pixels
-
     def _neighbour_states(self, neighbour: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """For every unit h_n (n, C, y, x) and V * h_n (n, 3C, y, x): all that a branch needs of its neighbour."""
         h_n = torch.relu(self.image(neighbour))
         for unit in self.units:
             h_n = torch.tanh(self.neighbour(h_n))
-            yield h_n, unit.neighbour(h_n)
+            yield h_n, cast("BuildingUnit", unit).neighbour(h_n)
 
     def _estimates(self, centre: Tensor, states: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
         """The branch's estimate (n, 1, y, x) after every unit, then the final one; one centre serves n neighbours."""
@@ -137,10 +122,28 @@ class NRRN(nn.Module):
     def _initialise(self) -> None:
         """Orthogonal weights, scaled by the gain of the nonlinearity that follows."""
         gain = nn.init.calculate_gain
+        gates: tuple[Literal["sigmoid", "tanh"], ...] = ("sigmoid", "sigmoid", "tanh")
         nn.init.orthogonal_(self.image.weight, gain("relu"))
         nn.init.orthogonal_(self.neighbour.weight, gain("tanh"))
         edges = [0, self.channels, 2 * self.channels, 3 * self.channels]
         for unit in self.units:
-            for layer in (unit.centre, unit.neighbour):
-                for (start, stop), name in zip(pairwise(edges), ("sigmoid", "sigmoid", "tanh"), strict=True):
-                    nn.init.orthogonal_(layer.weight[start:stop], gain(name))
+            for layer in unit.children():
+                for (start, stop), name in zip(pairwise(edges), gates, strict=True):
+                    nn.init.orthogonal_(cast("nn.Conv2d", layer).weight[start:stop], gain(name))
+
+
+def flop_per_voxel(units: int, channels: int, images: int = 3) -> int:
+    """Floating-point operations of `denoise` for one voxel: its convolutions, a multiply-add counted as two."""
+    inner = 10 * units - 1 if images == 3 else 7 * units + 1  # C -> C
+    outer = 2  # 1 -> C: each slice once as a neighbour, once as a centre
+    return 2 * 9 * (inner * channels**2 + outer * channels)
+
+
+def activation_bytes(units: int, channels: int, pixels: int, images: int = 3) -> int:
+    """Memory that `denoise` takes, in float32, for slices of `pixels` pixels: states held and maps in work.
+
+    The maps in work (24 C for two branches, 12 C for one) are the most that one unit holds at a time, as measured.
+    """
+    held = 3 if images == 3 else 1
+    maps = held * units * 4 + (24 if images == 3 else 12)
+    return 4 * maps * channels * pixels

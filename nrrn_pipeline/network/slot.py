@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from time import perf_counter
 from typing import Protocol
 
 import numpy as np
@@ -73,3 +74,17 @@ def in_slot(network: NRRN, device: str, images: int) -> TorchNetwork:
     where = choose_device(device)
     # channels last: the layout in which convolutions of many channels run fastest, on CPU and GPU alike
     return TorchNetwork(network.to(where).to(memory_format=torch.channels_last), where, images)  # type: ignore[call-overload]
+
+
+def seconds_per_pixel(network: TorchNetwork, window: tuple[int, int], threads: int) -> float:
+    """The network's time for one pixel of a slice here, measured on two slices of noise of (y, x) `window` pixels."""
+    stack = np.random.default_rng(0).standard_normal((4, *window), dtype=np.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        network(stack[:3])  # the first call also chooses algorithms and takes memory
+        started = perf_counter()
+        network(stack)
+        return (perf_counter() - started) / stack[1:-1].size
+    finally:
+        torch.set_num_threads(before)

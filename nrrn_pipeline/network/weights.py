@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from nrrn_pipeline.errors import InputError
@@ -39,7 +39,7 @@ def save_weights(network: NRRN, path: str | os.PathLike[str], record: dict[str, 
     header = {"format": FORMAT, "units": len(network.units), "channels": network.channels, "training": record}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     partial = Path(f"{path}.partial")
-    save_file(tensors, partial, metadata={"nrrn": json.dumps(header)})
+    partial.write_bytes(save(tensors, metadata={"nrrn": json.dumps(header)}))
     os.replace(partial, path)
 
 
@@ -55,7 +55,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
             header = json.loads((file.metadata() or {}).get("nrrn", "{}"))
     except (SafetensorError, json.JSONDecodeError, OSError) as error:
         raise InputError(
-            f"{path} is not a weights file ({error}): expected .safetensors written by nrrn train or nrrn weights import"
+            f"{path} is not a weights file ({error}): expected .safetensors by nrrn train or nrrn weights import"
         ) from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise InputError(f"{path} does not hold an NRRN (format {FORMAT}): its weights are of another kind of network")
@@ -104,7 +104,7 @@ def import_vemden(path: str | os.PathLike[str]) -> NRRN:
 
 
 def _from_vemden(state: dict[str, Tensor], units: int) -> dict[str, Tensor]:
-    """vEMden's tensors under our names; the gates' convolutions joined."""
+    """VEMden's tensors under our names; the gates' convolutions joined."""
     ours: dict[str, Tensor] = {}
     for kind in ("weight", "bias"):
         for theirs, name in _VEMDEN_OUTER.items():

@@ -1,0 +1,35 @@
+# make demo: denoise a real sample. make test: all tests. Both set up .venv from requirements.lock first.
+PYTHON ?= python3
+UV_VERSION = 0.13.9
+# wheels that lie on this machine, such as a CPU build of torch, go before the registry's
+export UV_FIND_LINKS = $(PIP_FIND_LINKS)
+
+.PHONY: demo test lint lock clean
+
+demo: .venv/ready
+	.venv/bin/python workflows/demo/demo.py demo
+
+test: .venv/ready
+	.venv/bin/python -m pytest tests
+
+lint: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+.venv/ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	.venv/bin/uv pip install --quiet --python .venv/bin/python -r requirements.lock
+	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --editable .
+	touch $@
+
+# all extras in one resolve; torch without its build's name, so that each machine takes the build it has
+lock: .venv/ready
+	.venv/bin/uv pip compile --quiet pyproject.toml --all-extras --python-version 3.11.7 --no-emit-find-links \
+		--no-annotate --custom-compile-command "make lock" --output-file requirements.lock
+	sed -i 's/^\(torch==[0-9.]*\)+cpu$$/\1/' requirements.lock
+
+clean:
+	rm -rf .venv demo

@@ -1,0 +1,75 @@
+"""Random crops of slice triplets, streamed from a volume of any size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nrrn_pipeline.errors import InputError, RunError
+from nrrn_pipeline.geometry import Box, Span
+from nrrn_pipeline.run import run_serially
+from nrrn_pipeline.statistics import SliceStatistics, measure_box, merge_boxes, statistics_boxes
+from nrrn_pipeline.training.fit import TrainSettings
+from nrrn_pipeline.volume import Volume, read_box
+
+SLICES = 128  # enough to train on; more would cost a pass over the whole volume for their statistics
+RUN = 16  # consecutive slices read together, or a chunk's depth if that is more
+
+
+def triplets(volume: Volume, settings: TrainSettings) -> Iterator[Tensor]:
+    """Endless (n, 3, y, x) float32 batches: crops at random places, randomly flipped, each slice z-scored as a whole.
+
+    Crops come from up to 128 slices, in runs spread evenly over the volume. Seeded: same settings, same batches.
+
+    Raises InputError if no three consecutive slices have an image on them, or a voxel is not a finite number.
+    """
+    statistics = [_measured(volume, run) for run in training_runs(volume)]
+    places = [(run, z) for run in statistics for z in _centres(run)]
+    if not places:
+        raise InputError(f"{volume.url} has no three consecutive slices that are not blank: there is nothing to learn")
+    return _stream(volume, settings, places)
+
+
+def training_runs(volume: Volume) -> list[Span]:
+    """Runs of consecutive slices, on the chunk grid, spread evenly over z."""
+    depth = -(-RUN // volume.chunk[0]) * volume.chunk[0]
+    starts = range(0, volume.shape[0], depth)
+    count = min(len(starts), max(1, SLICES // depth))
+    chosen = sorted({starts[round(i)] for i in np.linspace(0, len(starts) - 1, count)})
+    return [Span(start, min(start + depth, volume.shape[0])) for start in chosen]
+
+
+def _measured(volume: Volume, run: Span) -> SliceStatistics:
+    parts = []
+    for outcome in run_serially(partial(measure_box, volume), statistics_boxes(volume, run)):
+        if outcome.error is not None:
+            raise RunError(f"{volume.url} cannot be read: {outcome.error}") from outcome.error
+        parts.append(outcome.result)
+    return merge_boxes(parts)
+
+
+def _centres(run: SliceStatistics) -> Iterator[int]:
+    """Slices whose triplet lies in the run and has no blank slice."""
+    for i in range(1, len(run.std) - 1):
+        if min(run.std[i - 1 : i + 2]) > 0:
+            yield run.first_z + i
+
+
+def _stream(volume: Volume, settings: TrainSettings, places: list[tuple[SliceStatistics, int]]) -> Iterator[Tensor]:
+    rng = np.random.default_rng(settings.seed)
+    height, width = (min(settings.crop, length) for length in volume.shape[1:])
+    while True:
+        batch = []
+        for _ in range(settings.batch):
+            run, z = places[rng.integers(len(places))]
+            y, x = (int(rng.integers(n - m + 1)) for n, m in zip(volume.shape[1:], (height, width), strict=True))
+            crop = read_box(volume, Box(Span(z - 1, z + 2), Span(y, y + height), Span(x, x + width)))
+            own = run.of(Span(z - 1, z + 2))
+            mean, std = (np.array(values, np.float32)[:, None, None] for values in (own.mean, own.std))
+            flips = tuple(axis for axis in (1, 2) if rng.integers(2))
+            batch.append(np.flip((crop - mean) / std, flips))
+        yield torch.from_numpy(np.stack(batch).astype(np.float32))

@@ -1,0 +1,78 @@
+"""What tests share: tiny networks, small volumes, and a whole-slice reference that knows nothing of tiles and slabs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from numpy.typing import NDArray
+
+from nrrn_pipeline.network import NRRN, save_weights
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def tiny_network(units: int = 1, channels: int = 4, seed: int = 0, gain: float = 1.0) -> NRRN:
+    """A network with random weights, all scaled by `gain` so that tests can make it more sensitive."""
+    torch.manual_seed(seed)
+    network = NRRN(units, channels).eval().requires_grad_(False)
+    for parameter in network.parameters():
+        parameter.mul_(gain)
+    return network
+
+
+def tiny_weights(path: Path, units: int = 1, channels: int = 4, seed: int = 0) -> Path:
+    """The same, as a file."""
+    save_weights(tiny_network(units, channels, seed), path, {"note": "random, for tests"})
+    return path
+
+
+def image_like(shape: tuple[int, int, int], dtype: str = "uint8", seed: int = 0) -> NDArray[Any]:
+    """Blobs and noise over much of the dtype's range; each slice has its own brightness."""
+    rng = np.random.default_rng(seed)
+    z, y, x = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
+    signal = np.sin(y / 9 + z / 3) + np.cos(x / 7) + 0.3 * np.sin(z * 1.7)
+    noisy = 0.5 + 0.12 * signal + 0.08 * rng.standard_normal(shape)
+    if dtype == "float32":
+        return noisy.astype(np.float32)
+    limit = np.iinfo(dtype).max
+    return np.clip(np.rint(noisy * limit), 0, limit).astype(dtype)
+
+
+def bare_zarr(path: Path, voxels: NDArray[Any], chunks: tuple[int, ...] = (4, 32, 32), **options: Any) -> Path:
+    """A bare Zarr array (v3 unless `zarr_format=2`)."""
+    fitted = tuple(min(chunk, length) for chunk, length in zip(chunks, voxels.shape, strict=True))
+    array = zarr.create_array(path, shape=voxels.shape, dtype=voxels.dtype, chunks=fitted, **options)
+    array[:] = voxels
+    return path
+
+
+def whole_slices(network: NRRN, volume: NDArray[Any], images: int = 3) -> NDArray[Any]:
+    """The definition: each whole slice, z-scored, through the branches that `images` asks for; float32, not rounded."""
+    float_volume = volume.astype(np.float64)
+    mean, std = float_volume.mean((1, 2)), float_volume.std((1, 2))
+    normal = [
+        torch.from_numpy(((s - m) / d).astype(np.float32))[None, None] if d > 0 else None
+        for s, m, d in zip(float_volume, mean, std, strict=True)
+    ]
+    result = float_volume.astype(np.float32)
+    for z, centre in enumerate(normal):
+        if centre is None:
+            continue
+        before = normal[z - 1] if z > 0 else None
+        after = normal[z + 1] if z + 1 < len(normal) else None
+        exists = next((s for s in (before, after) if s is not None), centre)
+        pair = [exists if s is None else s for s in (before, after)]
+        neighbours = {3: pair, 2: pair[:1], 1: [centre]}[images]
+        with torch.inference_mode():
+            estimate = sum(network(neighbour, centre) for neighbour in neighbours) / len(neighbours)
+        result[z] = estimate.numpy()[0, 0] * np.float32(std[z]) + np.float32(mean[z])
+    return result
+
+
+def stored_chunks(array: Path) -> dict[str, bytes]:
+    """Every chunk or shard file of an array on disk."""
+    return {str(file.relative_to(array)): file.read_bytes() for file in sorted(array.glob("c/**/*")) if file.is_file()}
