@@ -293,3 +293,7 @@ def _roi(text: str | None) -> Box | None:
             f"--roi {text!r} is not understood: expected Z0:Z1,Y0:Y1,X0:X1 such as 0:16,0:512,0:512"
         ) from None
     return Box(z, y, x)
+
+
+if __name__ == "__main__":
+    main()

@@ -17,6 +17,7 @@ from nrrn_pipeline.statistics import statistics_boxes
 from nrrn_pipeline.volume import Volume
 
 PROCESS_BYTES = 400 * 2**20  # a worker with Python, Dask, zarr and torch loaded, before its first slab
+DECODED_AT_ONCE = 10  # chunks; zarr's async.concurrency
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,11 @@ def fetched_voxels(volume: Volume, boxes: Iterable[Box]) -> int:
 
 
 def worker_bytes(plan: DenoisePlan) -> int:
-    """Peak memory of one worker process: itself, its slab in and out, one tile's stack, the network's maps."""
+    """Peak memory of one worker process: itself, its slab in and out, and the largest of what comes one after another.
+
+    That is chunks being decoded, one tile's stack with the network's maps, a shard being encoded; or, in the pass
+    before, a box of voxels whose slices are measured in float64.
+    """
     slab = max(plan.slabs, key=lambda slab: slab.read.size)
     window_y, window_x = (
         max(len(cut.read) for cut in cuts) for cuts in zip(*slab.tiles(plan.tile, plan.halo), strict=True)
@@ -80,10 +85,13 @@ def worker_bytes(plan: DenoisePlan) -> int:
     pixels = window_y * window_x
     item = plan.source.itemsize
     voxels_in, voxels_out = slab.read.size * item, slab.keep.size * item
+    decoding = min(DECODED_AT_ONCE * prod(plan.source.chunk), fetched_voxels(plan.source, [slab.read])) * item
     encoding = 2 * min(slab.keep.size, prod(plan.target.write_unit)) * item
     stack = len(slab.read.z) * pixels * (item + 4 * 4)  # the tile, normalised in two steps, the estimate, scaled back
     maps = activation_bytes(plan.weights.units, plan.weights.channels, pixels, plan.images)
-    return PROCESS_BYTES + voxels_in + voxels_out + max(encoding, stack + maps)
+    measured = max(box.size * item + 16 * len(box.y) * len(box.x) for box in statistics_boxes(plan.source, slab.read.z))
+    denoising = voxels_in + max(decoding, voxels_out + max(encoding, stack + maps))
+    return PROCESS_BYTES + max(denoising, measured + min(decoding, measured))
 
 
 def default_workers(plan: DenoisePlan, on_gpu: bool) -> int:

@@ -163,6 +163,7 @@ def claim_output(plan: DenoisePlan, overwrite: bool = False) -> None:
             storage.remove_tree(url)
         if ledger.settings() is None:
             ledger.begin(plan)
+        storage.remove_partials(url)
     except OSError as error:
         raise InputError(f"the output {url} cannot be written: {error.strerror or error}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import fsspec
@@ -65,6 +66,20 @@ def exists(url: str) -> bool:
     files, path = _resolve(url)
     files.invalidate_cache()
     return bool(files.exists(path)) and not (files.isdir(path) and not files.ls(path))
+
+
+def remove_partials(url: str) -> None:
+    """Delete what processes that were killed in the middle of a write left in a folder on disk.
+
+    On object storage nothing is left: an object that was not written whole is not there.
+    """
+    if "://" in url:
+        return
+    for folder, _, names in os.walk(url):
+        for name in names:
+            if name.endswith(".partial"):
+                with suppress(FileNotFoundError):  # its writer may be alive yet, and faster
+                    os.unlink(os.path.join(folder, name))
 
 
 def remove_tree(url: str) -> None:

@@ -23,6 +23,7 @@ def local_client(workers: int) -> Iterator[Client]:
         raise InputError(f"workers {workers} is not possible: use 1 or more")
     settings = {
         "distributed.worker.multiprocessing-method": "spawn",
+        "distributed.worker.preload": ["nrrn_pipeline.cluster.worker"],
         "distributed.nanny.pre-spawn-environ": _environment(workers),
     }
     with (

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nrrn_pipeline.geometry import Box, Span, boxes_of, tiles_of
+
+
+@st.composite
+def tilings(draw: st.DrawFn) -> tuple[Span, Span, int, int]:
+    halo = draw(st.integers(0, 12))
+    bounds = Span(draw(st.integers(0, 5)), draw(st.integers(6, 600)))
+    start = draw(st.integers(bounds.start, bounds.stop - 1))
+    keep = Span(start, draw(st.integers(start + 1, bounds.stop)))
+    return keep, bounds, draw(st.integers(2 * halo + 1, 300)), halo
+
+
+@given(tilings())
+def test_tiles_keep_every_voxel_once_and_read_its_whole_halo(tiling: tuple[Span, Span, int, int]) -> None:
+    keep, bounds, window, halo = tiling
+    cuts = tiles_of(keep, bounds, window, halo)
+    assert [i for cut in cuts for i in range(cut.keep.start, cut.keep.stop)] == list(range(keep.start, keep.stop))
+    for cut in cuts:
+        needed = cut.keep.grown(halo, bounds)
+        assert cut.read.start <= needed.start
+        assert needed.stop <= cut.read.stop
+        assert bounds.start <= cut.read.start
+        assert cut.read.stop <= bounds.stop
+
+
+@given(tilings())
+def test_tiles_are_equally_long_and_no_longer_than_the_window(tiling: tuple[Span, Span, int, int]) -> None:
+    cuts = tiles_of(*tiling)
+    assert len({len(cut.read) for cut in cuts}) == 1
+    assert len(cuts[0].read) <= tiling[2]
+
+
+@given(tilings())
+def test_one_tile_fewer_would_not_fit_the_window(tiling: tuple[Span, Span, int, int]) -> None:
+    keep, bounds, window, halo = tiling
+    pieces = len(tiles_of(*tiling)) - 1
+    if pieces:
+        edges = [keep.start + i * len(keep) // pieces for i in range(pieces + 1)]
+        reads = [Span(a, b).grown(halo, bounds) for a, b in itertools.pairwise(edges)]
+        assert max(map(len, reads)) > window
+
+
+def test_a_slice_no_larger_than_the_window_is_one_tile_without_padding() -> None:
+    (cut,) = tiles_of(Span(0, 9), Span(0, 9), window=10, halo=7)
+    assert (cut.keep, cut.read) == (Span(0, 9), Span(0, 9))
+
+
+def test_a_window_that_its_halo_fills_is_refused() -> None:
+    with pytest.raises(ValueError, match="tile of 14 voxels with a halo of 7 on each side keeps nothing"):
+        tiles_of(Span(0, 100), Span(0, 100), window=14, halo=7)
+
+
+@given(st.tuples(*[st.integers(1, 20)] * 3), st.tuples(*[st.integers(1, 9)] * 3), st.tuples(*[st.integers(0, 9)] * 3))
+def test_boxes_cover_every_voxel_once(shape: tuple[int, ...], step: tuple[int, ...], start: tuple[int, ...]) -> None:
+    box = Box(*(Span(a, a + n) for a, n in zip(start, shape, strict=True)))
+    boxes = list(boxes_of(box, step))  # type: ignore[arg-type]
+    assert sum(part.size for part in boxes) == box.size
+    assert len(set(boxes)) == len(boxes)
+    for part in boxes:
+        assert all(
+            a.start <= b.start < b.stop <= a.stop and (b.start - a.start) % n == 0
+            for a, b, n in zip(box.spans, part.spans, step, strict=True)
+        )
+
+
+def test_a_halo_stops_at_the_bounds() -> None:
+    assert Span(2, 8).grown(3, Span(0, 10)) == Span(0, 10)
+    assert Span(4, 5).grown(3, Span(0, 10)) == Span(1, 8)

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import nrrn_pipeline
+
+HEAVY = ("zarr", "dask", "distributed", "xarray", "fsspec", "s3fs", "skimage", "PIL", "rich", "typer", "psutil")
+BLOCKED = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Block(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Block())
+{statement}
+"""
+
+
+def run_without(blocked: tuple[str, ...], statement: str) -> subprocess.CompletedProcess[str]:
+    """Run a statement in a new interpreter that lacks some packages."""
+    script = BLOCKED.format(blocked=set(blocked), statement=statement)
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_network_and_core_of_training_import_with_torch_and_numpy_alone() -> None:
+    statement = "import nrrn_pipeline.network, nrrn_pipeline.training.fit, nrrn_pipeline.training.loss"
+    done = run_without(HEAVY, statement)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("package", ["zarr", "fsspec"])
+def test_a_blocked_package_cannot_be_imported(package: str) -> None:
+    assert "ModuleNotFoundError" in run_without(HEAVY, f"import {package}").stderr
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    loaded = "import nrrn_pipeline; print({name.partition('.')[0] for name in sys.modules} & %r)"
+    done = run_without((), loaded % {*HEAVY, "torch", "numpy"})
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_the_public_names_are_these() -> None:
+    assert nrrn_pipeline.__all__ == [
+        "InputError",
+        "Layout",
+        "NrrnError",
+        "Options",
+        "RunError",
+        "TrainSettings",
+        "denoise",
+        "open_volume",
+        "plan",
+        "train",
+    ]
+
+
+@pytest.mark.parametrize("name", nrrn_pipeline.__all__)
+def test_every_public_name_can_be_imported_and_says_what_it_is(name: str) -> None:
+    found = getattr(nrrn_pipeline, name)
+    assert found.__name__ == name
+    assert found.__doc__
+
+
+def test_a_name_that_is_not_public_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'nrrn_pipeline' has no attribute 'denoice'"):
+        nrrn_pipeline.denoice  # noqa: B018

@@ -1,0 +1,393 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice, pairwise, repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nrrn_pipeline import api, statistics
+from nrrn_pipeline.errors import InputError, RunError
+from nrrn_pipeline.geometry import Box, Span
+from nrrn_pipeline.network import NRRN, load_weights, read_header
+from nrrn_pipeline.training import triplets as streaming
+from nrrn_pipeline.training.fit import TrainSettings, fit
+from nrrn_pipeline.training.loss import adjacent_slices_loss
+from nrrn_pipeline.training.triplets import training_runs, triplets
+from nrrn_pipeline.volume import Volume, open_volume
+from tests.support import bare_zarr, image_like, tiny_network
+
+TINY = TrainSettings(units=1, channels=4, steps=4, batch=2, crop=8, learning_rate=1e-2, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """More threads only slow such small networks down."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def unwatched(step: int, loss: float) -> None:
+    """Let the loss pass."""
+
+
+def stored(folder: Path, voxels: NDArray[Any]) -> Volume:
+    return open_volume(bare_zarr(folder / "source.zarr", voxels))
+
+
+def z_scored(voxels: NDArray[Any]) -> NDArray[Any]:
+    exact = voxels.astype(np.float64)
+    spread = exact.std((1, 2), keepdims=True)
+    return (exact - exact.mean((1, 2), keepdims=True)) / np.where(spread > 0, spread, 1)
+
+
+def places_of(triplet: Tensor, voxels: NDArray[Any]) -> list[tuple[int, int, int, tuple[int, ...]]]:
+    """Every (centre z, y, x, flipped axes) at which the z-scored volume holds the (3, y, x) triplet."""
+    windows = sliding_window_view(z_scored(voxels), tuple(triplet.shape))
+    found = []
+    for flips in ((), (1,), (2,), (1, 2)):
+        match = np.isclose(windows, np.flip(triplet.numpy(), flips), atol=1e-5).all((3, 4, 5))
+        found += [(int(z) + 1, int(y), int(x), flips) for z, y, x in np.argwhere(match)]
+    return found
+
+
+def batch_of(n: int = 4, size: int = 12, seed: int = 0) -> Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def parameters_of(network: NRRN) -> dict[str, Tensor]:
+    return dict(network.named_parameters())
+
+
+def same_weights(a: NRRN, b: NRRN) -> bool:
+    return all(torch.equal(parameter, parameters_of(b)[name]) for name, parameter in parameters_of(a).items())
+
+
+@pytest.mark.parametrize(
+    ("from_before", "from_after", "before", "after", "loss"),
+    [
+        ([1.0], [3.0], [0.0], [2.0], 0.5 + 4.5 - 1.0),
+        ([1.0, 0.0], [3.0, 0.0], [0.0, 1.0], [2.0, -1.0], (4.0 + 0.5 + 0.5) / 2),
+        ([2.0], [1.0], [1.0], [2.0], -0.25),
+    ],
+)
+def test_loss_is_equation_3(
+    from_before: list[float], from_after: list[float], before: list[float], after: list[float], loss: float
+) -> None:
+    column = (1, 1, -1, 1)
+    triplet = torch.cat([torch.tensor(values).reshape(column) for values in (before, [99.0] * len(before), after)], 1)
+    found = adjacent_slices_loss(
+        torch.tensor(from_before).reshape(column), torch.tensor(from_after).reshape(column), triplet
+    )
+    assert found.item() == pytest.approx(loss)
+
+
+def test_loss_asks_each_branch_for_the_neighbour_that_it_has_not_seen() -> None:
+    triplet = batch_of()
+    before, after = triplet[:, :1], triplet[:, 2:]
+    swapped = adjacent_slices_loss(before, after, triplet)
+    assert adjacent_slices_loss(after, before, triplet) < swapped
+
+
+@pytest.mark.parametrize(("halve_every", "rates"), [(0, (1, 1, 1)), (1, (1, 0.5, 0.25)), (2, (1, 1, 0.5))])
+def test_fit_takes_adam_steps_down_equation_3(halve_every: int, rates: tuple[float, ...]) -> None:
+    batches = [batch_of(seed=step) for step in range(3)]
+    torch.manual_seed(TINY.seed)
+    expected = NRRN(1, 4)
+    optimiser = torch.optim.Adam(expected.parameters())
+    for triplet, rate in zip(batches, rates, strict=True):
+        before, centre, after = (triplet[:, i : i + 1] for i in range(3))
+        first, second = expected(before, centre), expected(after, centre)
+        loss = (0.5 * (first - after) ** 2 + 0.5 * (second - before) ** 2 - 0.25 * (first - second) ** 2).mean()
+        optimiser.param_groups[0]["lr"] = 1e-3 * rate
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    settings = replace(TINY, steps=3, learning_rate=1e-3, halve_every=halve_every)
+    found = fit(iter(batches), settings, unwatched)
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(parameters_of(found)[name], parameter.detach(), rtol=0, atol=1e-5)
+
+
+def test_fit_lowers_the_loss(tmp_path: Path) -> None:
+    volume = stored(tmp_path, image_like((6, 32, 32)))
+    settings = replace(TINY, steps=60, batch=4, crop=16)
+    losses: list[float] = []
+    fit(triplets(volume, settings), settings, lambda step, loss: losses.append(loss))
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
+
+
+def test_fit_reports_every_step_once_and_takes_one_batch_a_step() -> None:
+    batches, steps = repeat(batch_of(), 4), []
+    fit(batches, TINY, lambda step, loss: steps.append(step))
+    assert steps == [1, 2, 3, 4]
+    assert next(batches, None) is None
+
+
+def test_a_fitted_network_is_ready_to_infer() -> None:
+    network = fit(repeat(batch_of()), replace(TINY, units=2, channels=3), unwatched)
+    assert (len(network.units), network.channels) == (2, 3)
+    assert not network.training
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_the_seed_decides_the_weights(tmp_path: Path) -> None:
+    volume = stored(tmp_path, image_like((6, 32, 32)))
+    first, again, other = (
+        fit(triplets(volume, settings), settings, unwatched) for settings in (TINY, TINY, replace(TINY, seed=1))
+    )
+    assert same_weights(first, again)
+    assert not same_weights(first, other)
+
+
+def test_training_that_diverges_fails_with_the_step_and_a_way_out() -> None:
+    with pytest.raises(RunError, match=r"training failed at step \d+: the loss is (nan|inf); use a lower"):
+        fit(repeat(batch_of()), replace(TINY, steps=20, learning_rate=1e30), unwatched)
+
+
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("name", ["units", "channels", "steps", "batch", "crop", "learning_rate"])
+def test_settings_that_are_not_positive_are_refused_by_name(name: str, value: int) -> None:
+    with pytest.raises(InputError, match=f"{name.replace('_', ' ')} {value} is not possible: use more than 0"):
+        replace(TINY, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("learning_rate", math.nan), ("learning_rate", math.inf), ("seed", -1), ("halve_every", -1)]
+)
+def test_settings_that_cannot_be_trained_with_are_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=name.replace("_", " ")):
+        replace(TINY, **{name: value})
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_batches_are_float32_crops_of_three_slices(tmp_path: Path, dtype: str) -> None:
+    volume = stored(tmp_path, image_like((6, 32, 40), dtype))
+    for batch in islice(triplets(volume, replace(TINY, batch=3, crop=16)), 3):
+        assert batch.shape == (3, 3, 16, 16)
+        assert batch.dtype == torch.float32
+        assert batch.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_every_crop_is_a_z_scored_part_of_three_consecutive_slices(tmp_path: Path, dtype: str) -> None:
+    voxels = image_like((5, 12, 14), dtype)
+    batches = islice(triplets(stored(tmp_path, voxels), replace(TINY, batch=4, crop=6)), 6)
+    places = [places_of(triplet, voxels) for batch in batches for triplet in batch]
+    assert [len(found) for found in places] == [1] * 24
+    assert {found[0][0] for found in places} == {1, 2, 3}
+    assert len({found[0][:3] for found in places}) > 10
+
+
+def test_crops_reach_every_corner_of_a_slice(tmp_path: Path) -> None:
+    voxels = image_like((3, 10, 11))
+    batches = islice(triplets(stored(tmp_path, voxels), replace(TINY, batch=32, crop=9)), 2)
+    places = {places_of(triplet, voxels)[0][1:3] for batch in batches for triplet in batch}
+    assert places == {(y, x) for y in range(2) for x in range(3)}
+
+
+def test_crops_are_flipped_in_all_four_ways(tmp_path: Path) -> None:
+    voxels = image_like((3, 12, 14))
+    batch = next(triplets(stored(tmp_path, voxels), replace(TINY, batch=32, crop=14)))
+    assert {places_of(triplet, voxels)[0][3] for triplet in batch} == {(), (1,), (2,), (1, 2)}
+
+
+def test_a_crop_larger_than_the_slice_is_the_slice(tmp_path: Path) -> None:
+    volume = stored(tmp_path, image_like((3, 12, 50)))
+    assert next(triplets(volume, replace(TINY, crop=20))).shape == (2, 3, 12, 20)
+    assert next(triplets(volume, replace(TINY, crop=256))).shape == (2, 3, 12, 50)
+
+
+def test_triplets_with_a_blank_slice_are_skipped(tmp_path: Path) -> None:
+    voxels = image_like((9, 12, 14))
+    voxels[[3, 7]] = 77
+    batches = islice(triplets(stored(tmp_path, voxels), replace(TINY, batch=8, crop=12)), 4)
+    found = {places_of(triplet, voxels)[0][0] for batch in batches for triplet in batch}
+    assert found == {1, 5}
+
+
+def test_the_seed_decides_the_batches(tmp_path: Path) -> None:
+    volume = stored(tmp_path, image_like((6, 32, 32)))
+    first, again, other = (
+        list(islice(triplets(volume, settings), 3)) for settings in (TINY, TINY, replace(TINY, seed=1))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def one_slice() -> NDArray[Any]:
+    return image_like((1, 12, 12))
+
+
+def two_slices() -> NDArray[Any]:
+    return image_like((2, 12, 12))
+
+
+def all_blank() -> NDArray[Any]:
+    return np.full((6, 12, 12), 9, np.uint8)
+
+
+def every_third_blank() -> NDArray[Any]:
+    voxels = image_like((9, 12, 12))
+    voxels[2::3] = 0
+    return voxels
+
+
+@pytest.mark.parametrize("make", [one_slice, two_slices, all_blank, every_third_blank])
+def test_a_volume_without_three_consecutive_images_is_refused(tmp_path: Path, make: Callable[[], NDArray[Any]]) -> None:
+    volume = stored(tmp_path, make())
+    with pytest.raises(InputError, match=r"source\.zarr has no three consecutive slices that are not blank"):
+        triplets(volume, TINY)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_volume_with_voxels_that_are_no_numbers_is_refused_before_the_first_batch(tmp_path: Path, bad: float) -> None:
+    voxels = image_like((6, 12, 12), "float32")
+    voxels[2, 3, 4] = bad
+    with pytest.raises(InputError, match="slice z=2"):
+        triplets(stored(tmp_path, voxels), TINY)
+
+
+@pytest.fixture
+def boxes_read(monkeypatch: pytest.MonkeyPatch) -> list[Box]:
+    """The boxes that training reads from now on, of volumes that are made up on the spot."""
+    boxes: list[Box] = []
+
+    def read(volume: Volume, box: Box) -> NDArray[Any]:
+        boxes.append(box)
+        return np.random.default_rng(box.z.start).integers(0, 255, box.shape, dtype=np.uint8)
+
+    monkeypatch.setattr(statistics, "read_box", read)
+    monkeypatch.setattr(streaming, "read_box", read)
+    return boxes
+
+
+@pytest.mark.parametrize(("slices", "chunk"), [(100_000, 1), (100_000, 8), (10_007, 16), (3000, 50), (10_007, 128)])
+def test_training_reads_at_most_128_slices_and_its_crops_however_deep_the_volume(
+    boxes_read: list[Box], slices: int, chunk: int
+) -> None:
+    volume = Volume("made up", (slices, 24, 20), "uint8", (chunk, 8, 8), (chunk, 8, 8))
+    batches = triplets(volume, replace(TINY, batch=5))
+    measured = sum(box.size for box in boxes_read)
+    assert 0 < measured <= 128 * 24 * 20
+    boxes_read.clear()
+    for _ in islice(batches, 4):
+        pass
+    assert [box.shape for box in boxes_read] == [(3, 8, 8)] * 20
+
+
+def test_crops_come_only_from_slices_that_were_measured(boxes_read: list[Box]) -> None:
+    volume = Volume("made up", (5000, 24, 20), "uint8", (8, 8, 8), (8, 8, 8))
+    batches = triplets(volume, replace(TINY, batch=50))
+    measured = {z for box in boxes_read for z in range(box.z.start, box.z.stop)}
+    boxes_read.clear()
+    next(batches)
+    assert {z for box in boxes_read for z in range(box.z.start, box.z.stop)} <= measured
+
+
+@pytest.mark.parametrize(("slices", "chunk"), [(1, 1), (3, 8), (16, 1), (100, 8), (128, 8), (129, 1), (5000, 7)])
+def test_training_runs_lie_on_the_chunk_grid_and_span_the_volume(slices: int, chunk: int) -> None:
+    volume = Volume("unread", (slices, 8, 8), "uint8", (chunk, 8, 8), (chunk, 8, 8))
+    runs = training_runs(volume)
+    assert all(run.start % chunk == 0 and (run.stop % chunk == 0 or run.stop == slices) for run in runs)
+    assert all(a.stop <= b.start for a, b in pairwise(runs))
+    assert runs[0].start == 0
+    assert slices <= 128 or runs[-1].stop == slices
+    assert slices > 128 or sum(len(run) for run in runs) == slices
+
+
+def test_every_triplet_of_a_run_is_trained_on(boxes_read: list[Box]) -> None:
+    volume = Volume("made up", (40, 8, 8), "uint8", (4, 8, 8), (4, 8, 8))
+    batches = triplets(volume, replace(TINY, batch=600))
+    boxes_read.clear()
+    next(batches)
+    expected = {Span(z - 1, z + 2) for run in training_runs(volume) for z in range(run.start + 1, run.stop - 1)}
+    assert {box.z for box in boxes_read} == expected
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every reading of voxels fail the test."""
+
+    def refuse(volume: Volume, box: Box) -> NDArray[Any]:
+        raise AssertionError(f"{box} was read")
+
+    monkeypatch.setattr(statistics, "read_box", refuse)
+    monkeypatch.setattr(streaming, "read_box", refuse)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return bare_zarr(tmp_path / "source.zarr", image_like((6, 16, 16)))
+
+
+def test_train_writes_the_weights_and_their_record(source: Path, tmp_path: Path) -> None:
+    losses: list[float] = []
+    target = tmp_path / "a.safetensors"
+    record = api.train(source, target, TINY, watch=lambda step, loss: losses.append(loss))
+    assert read_header(target)["training"] == json.loads(json.dumps(record))
+    assert record["source"] == str(source.resolve())
+    assert record["shape"] == [6, 16, 16]
+    assert record["dtype"] == "uint8"
+    assert record["settings"]["steps"] == TINY.steps
+    assert record["last_loss"] == losses[-1]
+    assert {"python", "nrrn-pipeline", "torch", "numpy"} <= record["versions"].keys()
+    expected = fit(triplets(open_volume(source), TINY), TINY, unwatched)
+    assert same_weights(load_weights(target), expected)
+
+
+@pytest.mark.usefixtures("unread")
+def test_train_refuses_an_existing_target_before_it_reads_voxels(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "a.safetensors"
+    target.write_bytes(b"precious")
+    with pytest.raises(InputError, match=r"a\.safetensors exists: choose another file"):
+        api.train(source, target, TINY)
+    assert target.read_bytes() == b"precious"
+
+
+@pytest.mark.usefixtures("unread")
+def test_train_refuses_a_missing_folder_before_it_reads_voxels(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="its folder is missing or not writable"):
+        api.train(source, tmp_path / "missing" / "a.safetensors", TINY)
+    assert not (tmp_path / "missing").exists()
+
+
+@pytest.mark.usefixtures("unread")
+def test_train_refuses_an_unknown_device_before_it_reads_voxels(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="device 'tpu' is unknown"):
+        api.train(source, tmp_path / "a.safetensors", replace(TINY, device="tpu"))
+
+
+def test_train_refuses_a_missing_source_and_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is nothing there"):
+        api.train(tmp_path / "absent.zarr", tmp_path / "a.safetensors", TINY)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_training_that_fails_writes_no_weights(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="training failed"):
+        api.train(source, tmp_path / "a.safetensors", replace(TINY, steps=20, learning_rate=1e30))
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_trained_weights_beat_the_untrained_on_the_loss(source: Path, tmp_path: Path) -> None:
+    settings = replace(TINY, steps=40, batch=4)
+    api.train(source, tmp_path / "a.safetensors", settings)
+    batch = next(triplets(open_volume(source), replace(settings, seed=9, batch=16)))
+    before, centre, after = batch.split(1, dim=1)
+
+    def loss_of(network: NRRN) -> float:
+        return adjacent_slices_loss(network(before, centre), network(after, centre), batch).item()
+
+    assert loss_of(load_weights(tmp_path / "a.safetensors")) < loss_of(tiny_network())
