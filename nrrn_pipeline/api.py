@@ -14,10 +14,10 @@ from typing import Any, Protocol
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.cluster import address_client, local_client
-from nrrn_pipeline.cost import Cost, cost_of, default_workers, refuse_what_cannot_fit, seconds_to_run
+from nrrn_pipeline.cost import Cost, cost_of, counted, default_workers, refuse_what_cannot_fit, seconds_to_run
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box
-from nrrn_pipeline.network import NRRN, choose_device, load_weights, read_header, save_weights, weights_hash
+from nrrn_pipeline.network import DEVICES, NRRN, choose_device, load_weights, read_header, save_weights, weights_hash
 from nrrn_pipeline.planning import DenoisePlan, Layout, Weights, plan_denoise
 from nrrn_pipeline.run import DaskRunner, Progress, Runner, check_output, run_plan, run_serially
 from nrrn_pipeline.training.fit import TrainSettings, fit
@@ -49,6 +49,20 @@ class Options:
     cluster: str = "local"
     workers: int | None = None
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises InputError for what no machine has."""
+        if self.device not in DEVICES:
+            raise InputError(f"device {self.device!r} is unknown: use {', '.join(DEVICES)}")
+        if not self.here and ":" not in self.cluster:
+            raise InputError(f"cluster {self.cluster!r} is unknown: use local, serial or an address as tcp://host:8786")
+        if self.workers is not None and self.workers < 1:
+            raise InputError(f"workers {self.workers} is not possible: use 1 or more")
+
+    @property
+    def here(self) -> bool:
+        """Whether this machine does the work, so that its memory and devices are what counts."""
+        return self.cluster in ("serial", "local")
 
 
 @dataclass(frozen=True)
@@ -148,12 +162,17 @@ def train(
     if training diverges.
     """
     settings = settings or TrainSettings()
+    choose_device(settings.device)
     volume = open_volume(source, level)
     target = Path(weights)
     if target.exists():
         raise InputError(f"{target} exists: choose another file, or delete it")
-    if not os.access(target.resolve().parent, os.W_OK):
-        raise InputError(f"{target} cannot be written: its folder is missing or not writable")
+    if not target.resolve().parent.is_dir():
+        raise InputError(f"{target} cannot be written: its folder is missing")
+    try:
+        storage.check_writable(str(target.resolve().parent))
+    except OSError as error:
+        raise InputError(f"{target} cannot be written: {error.strerror or error}; choose another file") from error
     started, losses = perf_counter(), []
 
     def note(step: int, loss: float) -> None:
@@ -184,11 +203,12 @@ def describe_weights(path: Location | None) -> Weights:
     if path is None:
         return PAPER
     header = read_header(path)
-    return Weights(storage.absolute(path), weights_hash(path), int(header["units"]), int(header["channels"]))
+    return Weights(storage.absolute(path), weights_hash(path), header["units"], header["channels"])
 
 
 def _plan(source: Location, output: Location, weights: Location | None, options: Options) -> DenoisePlan:
-    choose_device(options.device)
+    if options.here:
+        choose_device(options.device)
     volume: Volume = open_volume(source, options.level)
     method = (options.images, options.statistics)
     return plan_denoise(
@@ -202,7 +222,7 @@ def _workers(made: DenoisePlan, options: Options) -> int:
     else:
         on_gpu = choose_device(options.device).type == "cuda"
         workers = default_workers(made, on_gpu) if options.workers is None else options.workers
-    if options.cluster in ("serial", "local"):
+    if options.here:
         refuse_what_cannot_fit(made, workers)
     return workers
 
@@ -217,8 +237,9 @@ def _runner(made: DenoisePlan, options: Options) -> Iterator[tuple[Runner, str]]
     if options.cluster == "local":
         workers = _workers(made, options)
         with local_client(workers) as client:
-            yield DaskRunner(client), f"{workers} local workers, dashboard {client.dashboard_link}"
+            yield DaskRunner(client), f"{counted(workers, 'local worker')}, dashboard {client.dashboard_link}"
         return
     with address_client(options.cluster) as client:
         workers = len(client.nthreads())
-        yield DaskRunner(client), f"{workers} workers of {options.cluster}, dashboard {client.dashboard_link}"
+        where = f"{counted(workers, 'worker')} of {options.cluster}, dashboard {client.dashboard_link}"
+        yield DaskRunner(client), where

@@ -12,10 +12,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from nrrn_pipeline import api
-from nrrn_pipeline.cost import gigabytes
+from nrrn_pipeline.cost import counted, gigabytes
 from nrrn_pipeline.errors import InputError, NrrnError
 from nrrn_pipeline.geometry import Box, Shape, Span
 from nrrn_pipeline.network import import_vemden, read_header, save_weights, weights_hash
@@ -77,7 +76,7 @@ def denoise(  # one parameter an option: that is how the command line is declare
     with _bar("what is done is kept: run the same command again to go on") as bar:
         summary = api.denoise(source, output, weights, options, _Watch(bar))
     speed = summary.voxels / summary.seconds
-    done = f"{summary.slabs} slabs" + (f", {summary.resumed} of them done before" if summary.resumed else "")
+    done = counted(summary.slabs, "slab") + (f", {summary.resumed} of them done before" if summary.resumed else "")
     out.print(f"{summary.plan.group_url}: complete, {done}")
     if summary.voxels:
         peak = gigabytes(summary.peak_memory_bytes)
@@ -120,9 +119,9 @@ def plan(
         "writes": f"{gigabytes(cost.written_bytes)} before compression",
         "arithmetic": f"{cost.flop / 1e12:.3g} TFLOP",
         "memory": f"{gigabytes(cost.worker_bytes)} a worker at its peak",
-        "time": f"{_duration(forecast.seconds)} with {forecast.workers} workers, from one timed tile",
+        "time": f"{_duration(forecast.seconds)} with {counted(forecast.workers, 'worker')}, from one timed tile",
     }
-    _print_table(rows)
+    _print_rows(rows)
 
 
 @app.command()
@@ -132,7 +131,7 @@ def info(path: Annotated[str, typer.Argument(help="A volume or a weights file.")
         header = read_header(path)
         record = header.get("training", {})
         rows = {"units": header["units"], "channels": header["channels"], "sha256": weights_hash(path)}
-        _print_table({key: str(value) for key, value in {**rows, **record}.items()})
+        _print_rows({key: str(value) for key, value in {**rows, **record}.items()})
         return
     volume = open_volume(path)
     rows = {
@@ -146,7 +145,7 @@ def info(path: Annotated[str, typer.Argument(help="A volume or a weights file.")
         "axes": ",".join(volume.axes),
     }
     made = get_provenance(path)
-    _print_table(rows | ({"nrrn": json.dumps(made, indent=1)} if made else {}))
+    _print_rows(rows | ({"nrrn": json.dumps(made, indent=1)} if made else {}))
 
 
 @app.command()
@@ -156,12 +155,13 @@ def verify(output: Annotated[str, typer.Argument(metavar="DST", help="An output 
     with _bar("nothing is changed by verifying") as bar:
         task = bar.add_task("verifying", total=None, speed="")
         for done, total, problem in verify_output(output):
+            bar.start()
             bar.update(task, completed=done, total=total)
             if problem:
                 wrong += 1
                 out.print(problem, markup=False)
     if wrong:
-        err.print(f"{output} is not whole: {wrong} problems", markup=False)
+        err.print(f"{output} is not whole: {counted(wrong, 'problem')}", markup=False)
         raise typer.Exit(1)
     out.print(f"{output} is whole: every slab is recorded, every chunk is there and decodes")
 
@@ -185,12 +185,17 @@ def train(
     settings = TrainSettings(units, channels, steps, batch, crop, learning_rate, halve_every, seed, device)
     with _bar("no weights are written") as bar:
         task = bar.add_task("training", total=steps, speed="")
+
+        def trained(step: int, loss: float) -> None:
+            bar.start()
+            bar.update(task, completed=step, speed=f"loss {loss:.4f}")
+
         record = api.train(
             source,
             weights,
             settings,
             level,
-            lambda step, loss: bar.update(task, completed=step, speed=f"loss {loss:.4f}"),
+            trained,
         )
     out.print(f"{weights}: {units} units, {channels} channels, last loss {record['last_loss']:.4f}")
 
@@ -228,7 +233,8 @@ class _Watch:
         self.tasks: dict[str, Any] = {}
 
     def started(self, plan: DenoisePlan, where: str) -> None:
-        err.print(f"{len(plan.slabs)} slabs on {where}", markup=False)
+        err.print(f"{counted(len(plan.slabs), 'slab')} on {where}", markup=False)
+        self.bar.start()
 
     def progressed(self, progress: RunProgress) -> None:
         if progress.stage not in self.tasks:
@@ -241,21 +247,28 @@ class _Watch:
 
 @contextmanager
 def _bar(when_interrupted: str) -> Iterator[Progress]:
-    """A progress bar on standard error, and a word on what Ctrl-C leaves."""
+    """A progress bar on standard error, shown once it is started, and a word on what Ctrl-C leaves."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
+    bar = Progress(*columns, TimeRemainingColumn(), console=err)
+
+    def stop() -> None:
+        if bar.live.is_started:
+            bar.stop()
+
     try:
-        with Progress(*columns, TimeRemainingColumn(), console=err) as bar:
-            yield bar
+        yield bar
     except KeyboardInterrupt:
+        stop()
         err.print(f"nrrn: interrupted; {when_interrupted}", markup=False)
         raise
+    finally:
+        stop()
 
 
-def _print_table(rows: dict[str, str]) -> None:
-    table = Table(show_header=False, box=None, pad_edge=False)
+def _print_rows(rows: dict[str, str]) -> None:
+    width = max(map(len, rows))
     for name, value in rows.items():
-        table.add_row(name, value)
-    out.print(table, markup=False)
+        out.print(f"{name:{width}}  {value}", markup=False, highlight=False)  # never cut: scripts read it too
 
 
 def _by(values: tuple[Any, ...]) -> str:

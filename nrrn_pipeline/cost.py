@@ -10,7 +10,7 @@ from math import prod
 import psutil
 
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.geometry import Box, Shape
+from nrrn_pipeline.geometry import Box
 from nrrn_pipeline.network import NRRN, activation_bytes, flop_per_voxel, in_slot, seconds_per_pixel
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.statistics import statistics_boxes
@@ -108,10 +108,8 @@ def refuse_what_cannot_fit(plan: DenoisePlan, workers: int) -> None:
     if workers * one <= free:
         return
     setting = f"--workers {free // one}" if free >= one else "a smaller --slab (with --shard) or --tile"
-    raise InputError(
-        f"{workers} workers of {gigabytes(one)} need {gigabytes(workers * one)} of memory, {gigabytes(free)} are free: "
-        f"use {setting}"
-    )
+    wanted = f"{counted(workers, 'worker')} of {gigabytes(one)}"
+    raise InputError(f"{wanted} cannot fit: {gigabytes(free)} of memory are free; use {setting}")
 
 
 def seconds_to_run(plan: DenoisePlan, network: NRRN, device: str, workers: int) -> float:
@@ -120,6 +118,11 @@ def seconds_to_run(plan: DenoisePlan, network: NRRN, device: str, workers: int) 
     threads = max(1, (os.cpu_count() or 1) // workers)
     each = seconds_per_pixel(in_slot(network, device, plan.images), window, threads)
     return each * plan.box.size * _tile_overhead(plan) / min(workers, len(plan.slabs))
+
+
+def counted(count: int, word: str) -> str:
+    """A number of things as people write it."""
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
 def gigabytes(count: float) -> str:
@@ -134,11 +137,9 @@ def gigabytes(count: float) -> str:
 def _tile_overhead(plan: DenoisePlan) -> float:
     """Voxels that the network computes for one that is kept, in y and x."""
     computed = kept = 0
-    seen: dict[Shape, tuple[int, int]] = {}
     for slab in plan.slabs:
-        shape = slab.read.shape
-        if shape not in seen:
-            tiles = list(slab.tiles(plan.tile, plan.halo))
-            seen[shape] = sum(len(y.read) * len(x.read) for y, x in tiles), len(slab.keep.y) * len(slab.keep.x)
-        computed, kept = computed + seen[shape][0], kept + seen[shape][1]
+        if slab.keep.z.start != plan.box.z.start:
+            break  # every layer of slabs has the same tiles
+        computed += sum(len(y.read) * len(x.read) for y, x in slab.tiles(plan.tile, plan.halo))
+        kept += len(slab.keep.y) * len(slab.keep.x)
     return computed / kept

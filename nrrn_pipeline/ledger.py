@@ -50,16 +50,19 @@ class Ledger:
         text = json.dumps({"fingerprint": plan.fingerprint, "settings": plan.settings}, indent=1)
         storage.write_file(f"{self.url}/plan.json", text.encode())
 
+    def begun(self) -> bool:
+        """Whether a plan has claimed the output."""
+        return storage.exists(f"{self.url}/plan.json")
+
     def settings(self) -> dict[str, Any] | None:
         """The settings it was begun with; None if there is no ledger."""
         data = storage.read_file(f"{self.url}/plan.json")
         if data is None:
             return None
         try:
-            found = json.loads(data)["settings"]
+            return dict(json.loads(data)["settings"])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.url}/plan.json is damaged ({error}): start again with --overwrite") from error
-        return dict(found)
 
     def changes(self, plan: DenoisePlan) -> list[str]:
         """What differs between the settings that it was begun with and the plan's, a line each."""
@@ -89,7 +92,14 @@ class Ledger:
     def statistics(self) -> SliceStatistics | None:
         """What put_statistics kept."""
         data = storage.read_file(f"{self.url}/statistics.json")
-        return None if data is None else SliceStatistics.from_json(data)
+        if data is None:
+            return None
+        try:
+            return SliceStatistics.from_json(data)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{self.url}/statistics.json is damaged ({error}): start again with --overwrite"
+            ) from error
 
 
 def peak_memory_bytes() -> int:

@@ -41,15 +41,15 @@ def read_levels(attributes: Mapping[str, Any]) -> tuple[Level, ...]:
 
     Raises InputError if there is multiscale metadata that cannot be understood.
     """
-    images = attributes.get("ome", attributes).get("multiscales", [])
-    if not images:
-        return ()
-    image = images[0]
     try:
+        images = attributes.get("ome", attributes).get("multiscales", [])
+        if not images:
+            return ()
+        image = images[0]
         axes = [axis if isinstance(axis, dict) else {"name": axis} for axis in image.get("axes", "tczyx")]
         whole = image.get("coordinateTransformations", [])
         return tuple(_level(dataset, axes, whole) for dataset in image["datasets"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"its OME-Zarr multiscales metadata is damaged ({type(error).__name__}: {error})") from error
 
 
@@ -76,7 +76,7 @@ def _level(dataset: Mapping[str, Any], axes: Sequence[Mapping[str, Any]], whole:
 
 
 def _triple(values: Sequence[float]) -> Triple:
-    z, y, x = (round(value, 9) for value in values)  # 0.004 micrometer is 4 nm, not 4.000000000000001
+    z, y, x = (float(f"{value:.12g}") for value in values)  # 0.0043 micrometer is 4.3 nm, not 4.299999999999999
     return z, y, x
 
 

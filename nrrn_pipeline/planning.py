@@ -68,7 +68,7 @@ class DenoisePlan:
     @property
     def group_url(self) -> str:
         """The OME-Zarr group that holds the target."""
-        return self.target.url.rpartition("/")[0]
+        return self.target.image_url
 
     @property
     def slabs(self) -> tuple[Slab, ...]:
@@ -149,12 +149,14 @@ def plan_denoise(
     if statistics not in ("slice", "volume"):
         raise InputError(f"statistics {statistics!r} is unknown: use slice or volume")
     group_url = storage.absolute(group_url)
-    _refuse_overlap(source.url, group_url)
+    _refuse_overlap(source.image_url, group_url)
     box = roi or source.box
     for span, bound, axis in zip(box.spans, source.box.spans, "zyx", strict=True):
         if not bound.start <= span.start < span.stop <= bound.stop:
-            raise InputError(f"roi {axis}={span.start}:{span.stop} is empty or outside the volume's 0:{bound.stop}")
-    target = parallel_volume(source, f"{group_url}/0", box, layout)
+            raise InputError(
+                f"roi {axis}={span.start}:{span.stop} is empty or not inside the volume: use a part of 0:{bound.stop}"
+            )
+    target = parallel_volume(source, group_url, box, layout)
     slab = layout.slab or target.write_unit
     _refuse_unaligned(slab, target)
     reach = weights.units + 3
@@ -163,12 +165,12 @@ def plan_denoise(
         raise InputError(f"halo {halo} is less than the network's reach {reach}: seams would show; use {reach} or more")
     if layout.tile <= 2 * halo:
         raise InputError(
-            f"tile {layout.tile} keeps nothing of a halo of {halo} on each side: use more than {2 * halo}, such as 256"
+            f"tile {layout.tile} keeps nothing beside a halo of {halo} on each side: use a tile of more than {2 * halo}"
         )
     return DenoisePlan(source, target, box, weights, slab, layout.tile, halo, images, statistics)
 
 
-def parallel_volume(source: Volume, url: str, box: Box, layout: Layout) -> Volume:
+def parallel_volume(source: Volume, group_url: str, box: Box, layout: Layout) -> Volume:
     """The array that will hold the denoised `box`: the source's dtype, axes and voxel size, in its own storage units.
 
     Raises InputError if the shard is not made of whole chunks.
@@ -182,7 +184,7 @@ def parallel_volume(source: Volume, url: str, box: Box, layout: Layout) -> Volum
         start + span.start * size for start, span, size in zip(source.origin, box.spans, source.voxel_size, strict=True)
     )
     return Volume(
-        url=url,
+        url=f"{group_url}/0",
         shape=box.shape,
         dtype=source.dtype,
         chunk=chunk,
@@ -191,6 +193,7 @@ def parallel_volume(source: Volume, url: str, box: Box, layout: Layout) -> Volum
         voxel_size=source.voxel_size,
         origin=(origin[0], origin[1], origin[2]),
         in_nm=source.in_nm,
+        level_path="0",
     )
 
 
@@ -212,5 +215,5 @@ def _refuse_unaligned(slab: Shape, target: Volume) -> None:
 
 def _refuse_overlap(source_url: str, group_url: str) -> None:
     for inner, outer in ((source_url, group_url), (group_url, source_url)):
-        if inner == outer or inner.startswith(outer + "/"):
+        if inner == outer or inner.startswith(outer.rstrip("/") + "/"):
             raise InputError(f"the output {group_url} lies on top of the input {source_url}: choose another path")

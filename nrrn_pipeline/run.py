@@ -95,14 +95,15 @@ class DaskRunner:
                 future = next(finished)
                 item, attempt = running.pop(future)
                 error = future.exception()
-                if error is None:
-                    yield Outcome(item, future.result())
-                    continue
-                _raise_permanent(error)
-                if attempt < ATTEMPTS:
-                    again.append((item, attempt + 1))
-                else:
-                    yield Outcome(item, error=error)
+                result = future.result() if error is None else None
+                del future  # a result that is held would be computed again if the worker that has it died
+                if error is not None:
+                    _raise_permanent(error)
+                    # Dask itself has tried a task again whose worker died under it
+                    if attempt < ATTEMPTS and not isinstance(error, distributed.KilledWorker):
+                        again.append((item, attempt + 1))
+                        continue
+                yield Outcome(item, result, error)
         finally:
             self.client.cancel(list(running))
 
@@ -121,80 +122,79 @@ def run_plan(plan: DenoisePlan, runner: Runner, device: str = "auto", overwrite:
     Raises InputError if the output exists and was made otherwise (unless `overwrite`), or the source holds NaN; nothing
     is written then. Raises RunError if a slab failed on every attempt or storage is full: what is done is kept.
     """
+    check_output(plan, overwrite)
     ledger = Ledger(plan.target.url)
-    claim_output(plan, overwrite)
-    statistics = yield from _statistics(plan, ledger, runner)
-    if not storage.exists(f"{plan.target.url}/zarr.json"):
-        create_volume(plan.target, plan.group_url, _provenance(plan))
-    yield from _slabs(plan, statistics, runner, device)
+    statistics = None if overwrite else ledger.statistics()
+    if statistics is None:
+        statistics = yield from _measure(plan, runner)
+    _claim_output(plan, statistics, overwrite)
+    create_volume(plan.target, _provenance(plan))
+    used = statistics.pooled() if plan.statistics == "volume" else statistics
+    yield from _slabs(plan, used, runner, device)
     provenance = get_provenance(plan.group_url) or {}
     if provenance.get("state") != "complete":
         set_provenance(plan.group_url, provenance | {"state": "complete", "completed": _now()})
 
 
 def check_output(plan: DenoisePlan, overwrite: bool = False) -> None:
-    """Refuse an output that exists, unless it was begun with this plan's fingerprint or may be overwritten.
+    """Refuse an output that cannot be written, or that exists, unless this plan began it or it may be overwritten.
 
-    Raises InputError; reads only.
+    Raises InputError; leaves all as it was.
     """
     url, ledger = plan.group_url, Ledger(plan.target.url)
-    begun = ledger.settings() is not None
     if overwrite:
-        if storage.exists(url) and not begun and not is_zarr(url):
+        if storage.exists(url) and not ledger.begun() and not is_zarr(url):
             raise InputError(f"{url} is no Zarr and is not overwritten: delete it yourself, or choose another output")
-    elif begun and (changes := ledger.changes(plan)):
-        raise InputError(
-            f"{url} was begun with other settings: {'; '.join(changes)}. Give the old settings to resume it, another "
-            "output, or --overwrite to start again"
-        )
-    elif not begun and storage.exists(url):
+    elif ledger.begun():
+        if changes := ledger.changes(plan):
+            raise InputError(
+                f"{url} was begun with other settings: {'; '.join(changes)}. Give the old settings to resume it, "
+                "another output, or --overwrite to start again"
+            )
+    elif storage.exists(url):
         raise InputError(f"{url} exists and was not made by nrrn denoise: choose another output, or --overwrite")
-
-
-def claim_output(plan: DenoisePlan, overwrite: bool = False) -> None:
-    """Make the output this plan's: resume what is there, or begin.
-
-    Raises InputError as check_output does, or if nothing can be written there.
-    """
-    check_output(plan, overwrite)
-    url, ledger = plan.group_url, Ledger(plan.target.url)
     try:
-        if overwrite and storage.exists(url):
-            storage.remove_tree(url)
-        if ledger.settings() is None:
-            ledger.begin(plan)
-        storage.remove_partials(url)
+        storage.check_writable(url)
     except OSError as error:
-        raise InputError(f"the output {url} cannot be written: {error.strerror or error}") from error
+        raise InputError(f"the output {url} cannot be written: {error.strerror or error}; choose another") from error
 
 
-def _statistics(plan: DenoisePlan, ledger: Ledger, runner: Runner) -> Generator[Progress, None, SliceStatistics]:
-    """Those kept by an earlier run, or measured now; normalised with whatever the plan says."""
-    statistics = ledger.statistics()
-    if statistics is None:
-        boxes = statistics_boxes(plan.source, plan.statistics_z)
-        parts = []
-        yield Progress("statistics", 0, len(boxes))
-        try:
-            for outcome in runner(partial(measure_box, plan.source), boxes):
-                if outcome.error is not None:
-                    raise RunError(f"the source cannot be read: {_line(outcome.error)}") from outcome.error
-                parts.append(outcome.result)
-                yield Progress("statistics", len(parts), len(boxes))
-        except InputError:
-            storage.remove_tree(plan.group_url)  # bad input leaves nothing behind
-            raise
-        statistics = merge_boxes(parts)
-        ledger.put_statistics(statistics)
-    return statistics.pooled() if plan.statistics == "volume" else statistics
+def _claim_output(plan: DenoisePlan, statistics: SliceStatistics, overwrite: bool) -> None:
+    """Make the output this plan's: begin it, or clear what a killed run left half-written."""
+    ledger = Ledger(plan.target.url)
+    try:
+        if overwrite and storage.exists(plan.group_url):
+            storage.remove_tree(plan.group_url)
+        if not ledger.begun():
+            ledger.begin(plan)
+        if ledger.statistics() is None:
+            ledger.put_statistics(statistics)
+        storage.remove_partials(plan.group_url)
+    except OSError as error:
+        _raise_permanent(error)
+        raise
+
+
+def _measure(plan: DenoisePlan, runner: Runner) -> Generator[Progress, None, SliceStatistics]:
+    """Every slice's mean and std, of the slices that the plan needs."""
+    boxes = statistics_boxes(plan.source, plan.statistics_z)
+    parts = []
+    yield Progress("statistics", 0, len(boxes))
+    for outcome in runner(partial(measure_box, plan.source), boxes):
+        if outcome.error is not None:
+            raise RunError(f"the source cannot be read: {_line(outcome.error)}") from outcome.error
+        parts.append(outcome.result)
+        yield Progress("statistics", len(parts), len(boxes))
+    return merge_boxes(parts)
 
 
 def _slabs(plan: DenoisePlan, statistics: SliceStatistics, runner: Runner, device: str) -> Iterator[Progress]:
     """Denoise every slab that the ledger lacks."""
     slabs, ledger = plan.slabs, Ledger(plan.target.url)
     recorded = ledger.done()
-    tasks = [SlabTask(slab, statistics.of(slab.read.z)) for slab in slabs if slab.key not in recorded]
-    done, voxels, failed = len(slabs) - len(tasks), 0, []
+    left = [slab for slab in slabs if slab.key not in recorded]
+    tasks = (SlabTask(slab, statistics.of(slab.read.z)) for slab in left)
+    done, voxels, failed = len(slabs) - len(left), 0, []
     yield Progress("denoising", done, len(slabs))
     for outcome in runner(partial(denoise_slab, plan, device), tasks):
         if outcome.error is not None:

@@ -21,6 +21,7 @@ def absolute(url: str | os.PathLike[str]) -> str:
 
 def write_file(url: str, data: bytes) -> None:
     """Write a whole file; nobody ever sees a part of it."""
+    url = absolute(url)
     files, path = _resolve(url)
     if "://" in url:
         files.pipe_file(path, data)  # an object appears whole or not at all
@@ -53,12 +54,13 @@ def list_files(url: str) -> Iterator[str]:
     files, path = _resolve(url)
     files.invalidate_cache()
     try:
-        entries = files.ls(path, detail=False)
+        entries = files.ls(path, detail=True)
     except (FileNotFoundError, NotADirectoryError):
         return
     for entry in entries:
-        if not entry.endswith(".partial"):
-            yield entry.rstrip("/").rpartition("/")[2]
+        name = entry["name"].rpartition("/")[2]
+        if entry["type"] == "file" and not name.endswith(".partial"):
+            yield name
 
 
 def exists(url: str) -> bool:
@@ -66,6 +68,25 @@ def exists(url: str) -> bool:
     files, path = _resolve(url)
     files.invalidate_cache()
     return bool(files.exists(path)) and not (files.isdir(path) and not files.ls(path))
+
+
+def check_writable(url: str) -> None:
+    """Write and delete a file in a folder, and the folders that this needs; leaves nothing behind.
+
+    Raises OSError if nothing can be written there.
+    """
+    probe, missing = f"{url}/{uuid.uuid4().hex}.probe", []
+    folder = url
+    while "://" not in url and not os.path.exists(folder):
+        missing.append(folder)
+        folder = os.path.dirname(folder)
+    try:
+        write_file(probe, b"")
+        remove_tree(probe)
+    finally:
+        for folder in missing:
+            with suppress(FileNotFoundError):  # writing may have failed before it was made
+                os.rmdir(folder)
 
 
 def remove_partials(url: str) -> None:

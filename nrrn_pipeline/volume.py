@@ -30,7 +30,8 @@ class Volume:
     """A description of one stored 3-D array; it holds nothing open, so it pickles.
 
     shape, chunk and write_unit are voxels in z, y, x order; write_unit is the shard if sharded, else the chunk.
-    voxel_size and origin are nm if in_nm; where a file names no unit they are the file's own numbers.
+    voxel_size and origin are nm if in_nm; where a file names no unit they are the file's own numbers. level_path is the
+    array's place in its OME-Zarr group; a bare array has none.
     """
 
     url: str
@@ -42,6 +43,12 @@ class Volume:
     voxel_size: ome.Triple = (1.0, 1.0, 1.0)
     origin: ome.Triple = (0.0, 0.0, 0.0)
     in_nm: bool = False
+    level_path: str = ""
+
+    @property
+    def image_url(self) -> str:
+        """The OME-Zarr group that the array is a level of; a bare array's own URL."""
+        return self.url.removesuffix(f"/{self.level_path}") if self.level_path else self.url
 
     @property
     def box(self) -> Box:
@@ -82,6 +89,8 @@ def open_volume(url: str | os.PathLike[str], level: int = 0) -> Volume:
     url = storage.absolute(url)
     node = _open_node(url)
     if isinstance(node, zarr.Array):
+        if level != 0:
+            raise InputError(f"{url} has no level {level}: it is a bare array, not an OME-Zarr image with levels")
         axes = _AXES.get(node.ndim, ("?",) * node.ndim)
         named = getattr(node.metadata, "dimension_names", None)
         if named and all(named):
@@ -116,31 +125,42 @@ def read_box(volume: Volume, box: Box) -> NDArray[Any]:
 def write_box(volume: Volume, box: Box, voxels: NDArray[Any]) -> None:
     """Overwrite whole write units with (z, y, x) voxels; what was stored there is never read.
 
-    Raises ValueError if the box does not consist of whole write units, clipped only by the volume's end.
+    Raises ValueError if the box does not consist of whole write units, clipped only by the volume's end, or the voxels
+    do not fit it: zarr would drop or convert them without a word.
     """
     for span, unit, end in zip(box.spans, volume.write_unit, volume.shape, strict=True):
-        if span.start % unit or (span.stop % unit and span.stop != end):
-            raise ValueError(f"box {box} is not made of whole write units {volume.write_unit}")
+        if span.start % unit or span.stop > end or (span.stop % unit and span.stop != end):
+            raise ValueError(f"box {box} is not made of whole write units {volume.write_unit} of {volume.shape}")
+    if voxels.shape != box.shape or voxels.dtype != volume.dtype:
+        raise ValueError(f"{voxels.dtype} voxels {voxels.shape} do not fit box {box} of {volume.dtype}")
     lead = (1,) * (len(volume.axes) - 3)
     array = _open_array(volume.url, "r+").with_config({"write_empty_chunks": True})
     array[_full_selection(volume, box)] = voxels.reshape(lead + voxels.shape)
 
 
-def create_volume(volume: Volume, group_url: str, provenance: dict[str, Any]) -> None:
-    """Create the array that `volume` describes, inside a new OME-Zarr 0.5 group at `group_url`; no voxels yet."""
-    path = volume.url.removeprefix(group_url + "/")
+def create_volume(volume: Volume, provenance: dict[str, Any]) -> None:
+    """Create the OME-Zarr 0.5 group and the array that `volume` describes; no voxels yet. What exists stays as it is.
+
+    Raises InputError if what exists is not what `volume` describes.
+    """
+    group_url, path = volume.image_url, volume.level_path
     level = ome.Level(path, volume.axes, volume.voxel_size, volume.origin, volume.in_nm)
     lead = (1,) * (len(volume.axes) - 3)
     name = os.path.basename(group_url)
     attributes: dict[str, Any] = {"ome": ome.image_attributes(name, level), "nrrn": provenance}
     group = zarr.open_group(_store(group_url), mode="a", zarr_format=3, attributes=attributes)
+    if storage.exists(f"{volume.url}/zarr.json"):
+        found = open_volume(group_url)
+        if (found.shape, found.dtype, found.write_unit) != (volume.shape, volume.dtype, volume.write_unit):
+            raise InputError(f"{volume.url} was changed since it was begun: start again with --overwrite")
+        return
     group.create_array(
         path,
         shape=lead + volume.shape,
         dtype=volume.dtype,
         chunks=lead + volume.chunk,
         shards=None if volume.write_unit == volume.chunk else lead + volume.write_unit,
-        compressors=ZstdCodec(level=3),
+        compressors=ZstdCodec(level=3, checksum=True),  # without it most flipped bits decode unnoticed
         dimension_names=volume.axes,
         fill_value=0,
     )
@@ -231,7 +251,7 @@ def _open_node(url: str) -> Any:
         return zarr.open(_store(url, read_only=True), mode="r")
     except (FileNotFoundError, NotADirectoryError, ArrayNotFoundError, GroupNotFoundError, NodeTypeValidationError):
         raise InputError(f"{url} is not a Zarr volume: expected a Zarr array or an OME-Zarr group") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise InputError(f"{url} is a damaged Zarr: its metadata cannot be read ({error})") from error
 
 
@@ -259,6 +279,7 @@ def _describe(array: Any, url: str, level: ome.Level) -> Volume:
         voxel_size=level.voxel_size,
         origin=level.origin,
         in_nm=level.in_nm,
+        level_path=level.path,
     )
 
 

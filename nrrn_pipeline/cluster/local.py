@@ -11,18 +11,16 @@ from contextlib import contextmanager
 import dask
 from distributed import Client, LocalCluster
 
-from nrrn_pipeline.errors import InputError
-
 DASHBOARD_PORT = 8787
 
 
 @contextmanager
 def local_client(workers: int) -> Iterator[Client]:
     """A client of `workers` new processes that share the machine's cores; on loopback; gone when the block ends."""
-    if workers < 1:
-        raise InputError(f"workers {workers} is not possible: use 1 or more")
     settings = {
         "distributed.worker.multiprocessing-method": "spawn",
+        # else a worker that is being restarted just then is dropped, and with the last one the run would hang
+        "distributed.deploy.lost-worker-timeout": "1 hour",
         "distributed.worker.preload": ["nrrn_pipeline.cluster.worker"],
         "distributed.nanny.pre-spawn-environ": _environment(workers),
     }

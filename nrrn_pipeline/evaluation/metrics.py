@@ -10,7 +10,9 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 
 def psnr(reference: NDArray[Any], image: NDArray[Any], data_range: float) -> float:
-    """Peak signal-to-noise ratio in dB: 10 log10(data_range^2 / mean squared error)."""
+    """Peak signal-to-noise ratio in dB: 10 log10(data_range^2 / mean squared error); infinite for equal images."""
+    if np.array_equal(reference, image):
+        return float("inf")  # scikit-image gets there too, through a division by zero
     return float(peak_signal_noise_ratio(reference, image, data_range=data_range))
 
 

@@ -1,10 +1,19 @@
 """NRRN, its weights, and the slot it runs in. Needs torch, NumPy and safetensors alone."""
 
 from nrrn_pipeline.network.nrrn import NRRN, activation_bytes, flop_per_voxel
-from nrrn_pipeline.network.slot import Network, TorchNetwork, choose_device, in_slot, load_network, seconds_per_pixel
+from nrrn_pipeline.network.slot import (
+    DEVICES,
+    Network,
+    TorchNetwork,
+    choose_device,
+    in_slot,
+    load_network,
+    seconds_per_pixel,
+)
 from nrrn_pipeline.network.weights import import_vemden, load_weights, read_header, save_weights, weights_hash
 
 __all__ = [
+    "DEVICES",
     "NRRN",
     "Network",
     "TorchNetwork",

@@ -15,6 +15,8 @@ from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.network.nrrn import NRRN
 from nrrn_pipeline.network.weights import load_weights, weights_hash
 
+DEVICES = ("auto", "cpu", "cuda")
+
 Stack = NDArray[np.float32]
 
 
@@ -50,8 +52,8 @@ class TorchNetwork:
 
 def choose_device(name: str) -> torch.device:
     """`auto` (the GPU if there is one), `cpu` or `cuda`. Raises InputError if there is no such device here."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device {name!r} is unknown: use auto, cpu or cuda")
+    if name not in DEVICES:
+        raise InputError(f"device {name!r} is unknown: use {', '.join(DEVICES)}")
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda was asked for, but torch sees no GPU here: use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -59,6 +59,9 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise InputError(f"{path} does not hold an NRRN (format {FORMAT}): its weights are of another kind of network")
+    for name in ("units", "channels"):
+        if not isinstance(header.get(name), int) or header[name] < 1:
+            raise InputError(f"{path} is damaged: its header says {name} {header.get(name)}, expected 1 or more")
     return header
 
 
@@ -67,7 +70,7 @@ def load_weights(path: str | os.PathLike[str]) -> NRRN:
     header = read_header(path)
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    return _network(int(header["units"]), int(header["channels"]), tensors, path)
+    return _network(header["units"], header["channels"], tensors, path)
 
 
 def weights_hash(path: str | os.PathLike[str]) -> str:
@@ -89,30 +92,36 @@ def import_vemden(path: str | os.PathLike[str]) -> NRRN:
             f"{path} is refused: it is no plain torch state dict, and reading it could run code hidden in it. "
             "Save it again with torch.save(network.state_dict(), path)"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a torch checkpoint: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    except Exception as error:  # torch's readers of old and new formats raise whatever a damaged file leads them to
+        raise InputError(f"{path} cannot be read as a torch checkpoint ({type(error).__name__})") from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
         raise InputError(f"{path} is not a vEMden checkpoint: expected a state dict of tensors")
     state = {name.removeprefix("module.").removeprefix("nrrn."): tensor.float() for name, tensor in state.items()}
+    units = len({name.split(".")[1] for name in state if name.startswith("BU.")})
     try:
-        channels = state["conv1.weight"].shape[0]
-        units = len({name.split(".")[1] for name in state if name.startswith("BU.")})
         ours = _from_vemden(state, units)
-    except (KeyError, IndexError) as error:
+        channels = ours["image.bias"].numel()
+    except KeyError as error:
         raise InputError(f"{path} is not a vEMden checkpoint: it lacks the layer {error}") from error
+    except RuntimeError as error:
+        raise InputError(f"{path} does not fit an NRRN: its gates differ in shape ({error})") from error
+    if state:
+        raise InputError(f"{path} is not a vEMden checkpoint: it holds the layer '{min(state)}', which NRRN lacks")
     return _network(units, channels, ours, path)
 
 
 def _from_vemden(state: dict[str, Tensor], units: int) -> dict[str, Tensor]:
-    """VEMden's tensors under our names; the gates' convolutions joined."""
+    """Tensors of vEMden, taken out of `state`, under our names; the gates' convolutions joined."""
     ours: dict[str, Tensor] = {}
     for kind in ("weight", "bias"):
         for theirs, name in _VEMDEN_OUTER.items():
-            ours[f"{name}.{kind}"] = state[f"{theirs}.{kind}"]
+            ours[f"{name}.{kind}"] = state.pop(f"{theirs}.{kind}")
         for unit in range(units):
             for layer in ("centre", "neighbour"):
                 gates = sorted((place, gate) for gate, (side, place) in _VEMDEN_GATES.items() if side == layer)
-                parts = [state[f"BU.{unit}.{gate}.{kind}"] for _, gate in gates]
+                parts = [state.pop(f"BU.{unit}.{gate}.{kind}") for _, gate in gates]
                 ours[f"units.{unit}.{layer}.{kind}"] = torch.cat(parts)
     return ours
 

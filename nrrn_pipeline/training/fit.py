@@ -34,9 +34,14 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Raises InputError for numbers that no network can be trained with."""
-        for name in ("units", "channels", "steps", "batch", "crop", "learning_rate"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name.replace('_', ' ')} {getattr(self, name)} is not possible: use more than 0")
+        for name in ("units", "channels", "steps", "batch", "crop"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} is not possible: use 1 or more")
+        for name in ("halve_every", "seed"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name.replace('_', ' ')} {getattr(self, name)} is not possible: use 0 or more")
+        if not 0 < self.learning_rate <= 1:
+            raise InputError(f"learning rate {self.learning_rate} is not possible: use more than 0 and at most 1")
 
 
 def fit(batches: Iterator[Tensor], settings: TrainSettings, watch: Watch) -> NRRN:
@@ -61,4 +66,6 @@ def fit(batches: Iterator[Tensor], settings: TrainSettings, watch: Watch) -> NRR
         if not torch.isfinite(loss):
             raise RunError(f"training failed at step {step}: the loss is {loss.item()}; use a lower --learning-rate")
         watch(step, loss.item())
+    if not all(torch.isfinite(parameter).all() for parameter in network.parameters()):
+        raise RunError("training failed at its last step: weights are not finite; use a lower --learning-rate")
     return network.eval().requires_grad_(False)

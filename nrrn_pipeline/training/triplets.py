@@ -23,24 +23,34 @@ RUN = 16  # consecutive slices read together, or a chunk's depth if that is more
 def triplets(volume: Volume, settings: TrainSettings) -> Iterator[Tensor]:
     """Endless (n, 3, y, x) float32 batches: crops at random places, randomly flipped, each slice z-scored as a whole.
 
-    Crops come from up to 128 slices, in runs spread evenly over the volume. Seeded: same settings, same batches.
+    Crops come from about 128 slices, in runs spread evenly over the volume. Seeded: same settings, same batches.
 
     Raises InputError if no three consecutive slices have an image on them, or a voxel is not a finite number.
     """
-    statistics = [_measured(volume, run) for run in training_runs(volume)]
+    runs = training_runs(volume)
+    statistics = [_measured(volume, run) for run in runs]
     places = [(run, z) for run in statistics for z in _centres(run)]
     if not places:
-        raise InputError(f"{volume.url} has no three consecutive slices that are not blank: there is nothing to learn")
+        looked_at = ", ".join(f"{run.start}:{run.stop}" for run in runs)
+        raise InputError(
+            f"{volume.url} has no three consecutive slices that are not blank in z={looked_at}: nothing can be learnt"
+        )
     return _stream(volume, settings, places)
 
 
 def training_runs(volume: Volume) -> list[Span]:
-    """Runs of consecutive slices, on the chunk grid, spread evenly over z."""
+    """Runs of consecutive slices, whole chunks deep, spread evenly over z; runs that touch are one."""
     depth = -(-RUN // volume.chunk[0]) * volume.chunk[0]
     starts = range(0, volume.shape[0], depth)
     count = min(len(starts), max(1, SLICES // depth))
-    chosen = sorted({starts[round(i)] for i in np.linspace(0, len(starts) - 1, count)})
-    return [Span(start, min(start + depth, volume.shape[0])) for start in chosen]
+    runs: list[Span] = []
+    for start in sorted({starts[round(i)] for i in np.linspace(0, len(starts) - 1, count)}):
+        stop = min(start + depth, volume.shape[0])
+        if runs and runs[-1].stop == start:
+            runs[-1] = Span(runs[-1].start, stop)
+        else:
+            runs.append(Span(start, stop))
+    return runs
 
 
 def _measured(volume: Volume, run: Span) -> SliceStatistics:

@@ -174,7 +174,7 @@ def test_only_what_is_not_recorded_is_done_again(denoise: Denoise) -> None:
 def test_overwrite_starts_again(denoise: Denoise) -> None:
     denoise(*LAYOUT)
     said = denoise("--overwrite")
-    assert said.out.splitlines()[0] == f"{denoise.folder / 'out.zarr'}: complete, 1 slabs"
+    assert said.out.splitlines()[0] == f"{denoise.folder / 'out.zarr'}: complete, 1 slab"
     assert open_volume(denoise.folder / "out.zarr").chunk == (8, 64, 64)
 
 
@@ -236,7 +236,7 @@ def test_plan_tells_what_a_run_will_take_and_writes_nothing(
     assert told["writes"] == "32.77 KB before compression"
     assert re.fullmatch(r"[\d.e-]+ TFLOP", told["arithmetic"])
     assert re.fullmatch(r"[\d.]+ MB a worker at its peak", told["memory"])
-    assert re.fullmatch(r"\d+ seconds with 1 workers, from one timed tile", told["time"])
+    assert re.fullmatch(r"\d+ seconds with 1 worker, from one timed tile", told["time"])
     assert told["network"] == (
         "1 units, 4 channels" if with_weights else "4 units, 64 channels: the paper's, as no --weights are given"
     )
@@ -311,7 +311,7 @@ def test_a_damaged_file_is_named(
     said = nrrn("verify", denoise.folder / "out.zarr")
     assert said.status == 1
     assert re.fullmatch("voxels 4:8,0:32,0:64: .*\n", said.out)
-    assert "is not whole: 1 problems" in said.err
+    assert "is not whole: 1 problem" in said.err
 
 
 @pytest.mark.parametrize("layout", [LAYOUT, ("--chunk", "4,32,64", "--shard", "4,32,64")], ids=["sharded", "chunked"])
@@ -378,7 +378,7 @@ def test_trained_weights_denoise(denoise: Denoise, nrrn: Nrrn) -> None:
     assert re.fullmatch(r".*: 1 units, 2 channels, last loss [\d.]+\n", said.out)
     assert _table(nrrn("info", weights).out)["channels"] == "2"
     said = denoise("--weights", str(weights))
-    assert "complete, 1 slabs" in said.out
+    assert "complete, 1 slab" in said.out
     made = zarr.open_group(denoise.folder / "out.zarr", mode="r").attrs["nrrn"]
     assert made["weights"] == str(weights)
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from nrrn_pipeline.cli import main
 from tests.support import bare_zarr, image_like, tiny_weights
 
-PROGRESS = re.compile(r"\d+ slabs on .*|statistics .*")
+PROGRESS = re.compile(r"\d+ slabs? on .*|statistics .*")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ OPTIONS = {
     "--level -1": "no level -1",
     "--images 4": "images 4 is not possible: use 3",
     "--stats median": "statistics 'median' is unknown: use slice or volume",
-    "--device tpu": "device 'tpu' is unknown: use auto, cpu or cuda",
+    "--device tpu": "device 'tpu' is unknown: use auto, cpu",
     "--slab 8,48": "--slab '8,48' is not understood: expected three numbers Z,Y,X",
     "--slab 8,48,many": "--slab '8,48,many' is not understood",
     "--slab 0,48,64": "--slab 0,48,64 is not possible",
@@ -109,7 +109,7 @@ OPTIONS = {
     "--shard -8,48,64": "--shard -8,48,64 is not possible",
     "--cluster local --workers 0": "workers 0 is not possible: use 1 or more",
     "--cluster local --workers -2": "workers -2 is not possible: use 1 or more",
-    "--cluster local --workers 1000000": "1000000 workers of .* need .* are free: use --workers ",
+    "--cluster local --workers 1000000": "1000000 workers of .* cannot fit: .* are free; use --workers ",
 }
 
 
@@ -126,9 +126,7 @@ def test_the_slab_that_a_refusal_suggests_is_accepted(lab: Lab) -> None:
 
 
 def test_the_tile_that_a_refusal_suggests_holds_more_than_its_halo(lab: Lab) -> None:
-    found = re.search(r"such as (\d+)", lab.refusal("--halo", "200", "--tile", "256"))
-    assert found
-    assert int(found[1]) > 2 * 200
+    assert "use a tile of more than 400" in lab.refusal("--halo", "200", "--tile", "256")
 
 
 def test_levels_outside_the_pyramid_are_refused(lab: Lab) -> None:
@@ -289,7 +287,7 @@ def test_an_output_below_a_file_is_refused(lab: Lab, overwrite: tuple[str, ...])
     assert "cannot be written" in lab.refusal(*overwrite, output=lab.weights / "out.zarr", begun=True)
 
 
-@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "127.0.0.1:1", "cloud", "ftp://somewhere"])
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "127.0.0.1:1", "ftp://somewhere"])
 def test_a_scheduler_that_does_not_answer_is_named(lab: Lab, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def impatient(address: str, timeout: float) -> distributed.Client:
         return distributed.Client(address, timeout=timeout / 20)
@@ -299,13 +297,18 @@ def test_a_scheduler_that_does_not_answer_is_named(lab: Lab, address: str, monke
 
 
 @pytest.mark.parametrize("command", ["denoise", "plan"])
+def test_a_cluster_that_is_no_address_is_refused(lab: Lab, command: str) -> None:
+    assert "cluster 'cloud' is unknown: use local, serial or" in lab.refusal("--cluster", "cloud", command=command)
+
+
+@pytest.mark.parametrize("command", ["denoise", "plan"])
 @pytest.mark.parametrize("cluster", ["serial", "local"])
 def test_memory_that_cannot_hold_a_slab_is_refused(
     lab: Lab, cluster: str, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**20))
     refusal = lab.refusal("--cluster", cluster, command=command)
-    assert re.search("1 workers of .* need .* are free: use a smaller --slab .* or --tile", refusal)
+    assert re.search("1 worker of .* cannot fit: .* are free; use a smaller --slab .* or --tile", refusal)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import dask
+import dask.utils
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
@@ -157,6 +159,11 @@ def test_a_worker_that_dies_costs_one_more_attempt(client: Client, tmp_path: Pat
     assert {item: outcome.result for item, outcome in outcomes.items()} == {item: 10 * item for item in range(12)}
     assert tries(tmp_path) == {item: len(table.get(item, ["ok"])) for item in range(12)}
     client.wait_for_workers(WORKERS, timeout=60)
+
+
+def test_a_local_worker_that_dies_again_and_again_is_always_started_again(client: Client) -> None:
+    patience = dask.utils.parse_timedelta(dask.config.get("distributed.deploy.lost-worker-timeout"))
+    assert patience >= 600  # Dask gives a worker up that is down just then: with none left a run would wait for ever
 
 
 @pytest.fixture

@@ -153,3 +153,27 @@ def test_a_file_url_is_its_path(tmp_path: Path) -> None:
 def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     assert storage.absolute("~/a.zarr") == str(tmp_path.resolve() / "a.zarr")
+
+
+def test_a_folder_is_writable_and_checking_leaves_nothing(tmp_path: Path) -> None:
+    storage.check_writable(str(tmp_path / "new" / "folders"))
+    storage.check_writable(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match="file"):
+        storage.check_writable(str(tmp_path / "file" / "below"))
+    with pytest.raises(OSError, match="ermi"):
+        storage.check_writable("/sys/folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in ("c/0/1", "c/0/1.0a.partial", "zarr.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    storage.remove_partials(str(tmp_path))
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert left == ["c/0/1", "zarr.json"]

@@ -153,13 +153,15 @@ def test_the_seed_decides_the_weights(tmp_path: Path) -> None:
 
 def test_training_that_diverges_fails_with_the_step_and_a_way_out() -> None:
     with pytest.raises(RunError, match=r"training failed at step \d+: the loss is (nan|inf); use a lower"):
-        fit(repeat(batch_of()), replace(TINY, steps=20, learning_rate=1e30), unwatched)
+        fit(repeat(batch_of() * 1e30), replace(TINY, steps=20), unwatched)
 
 
 @pytest.mark.parametrize("value", [0, -1])
 @pytest.mark.parametrize("name", ["units", "channels", "steps", "batch", "crop", "learning_rate"])
 def test_settings_that_are_not_positive_are_refused_by_name(name: str, value: int) -> None:
-    with pytest.raises(InputError, match=f"{name.replace('_', ' ')} {value} is not possible: use more than 0"):
+    with pytest.raises(
+        InputError, match=f"{name.replace('_', ' ')} {value} is not possible: use (1 or more|more than 0)"
+    ):
         replace(TINY, **{name: value})
 
 
@@ -358,7 +360,7 @@ def test_train_refuses_an_existing_target_before_it_reads_voxels(source: Path, t
 
 @pytest.mark.usefixtures("unread")
 def test_train_refuses_a_missing_folder_before_it_reads_voxels(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="its folder is missing or not writable"):
+    with pytest.raises(InputError, match="its folder is missing"):
         api.train(source, tmp_path / "missing" / "a.safetensors", TINY)
     assert not (tmp_path / "missing").exists()
 
@@ -375,9 +377,10 @@ def test_train_refuses_a_missing_source_and_writes_nothing(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_training_that_fails_writes_no_weights(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="training failed"):
-        api.train(source, tmp_path / "a.safetensors", replace(TINY, steps=20, learning_rate=1e30))
+def test_training_that_fails_writes_no_weights(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nrrn_pipeline.training.fit.adjacent_slices_loss", lambda a, b, t: math.nan * (a + b + t).sum())
+    with pytest.raises(RunError, match="training failed at step 1: the loss is nan"):
+        api.train(source, tmp_path / "a.safetensors", replace(TINY, steps=20))
     assert list(tmp_path.iterdir()) == [source]
 
 

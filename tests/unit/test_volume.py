@@ -85,11 +85,11 @@ def multiscales(path: Path) -> dict[str, Any]:
 def described(group: Path, shape: tuple[int, int, int] = (10, 37, 41), **fields: Any) -> Volume:
     """A volume to create: two chunks a shard along every axis, unless said otherwise."""
     ours: dict[str, Any] = {"dtype": "uint8", "chunk": (4, 16, 16), "write_unit": (8, 32, 32)}
-    return Volume(url=f"{group}/0", shape=shape, **(ours | fields))
+    return Volume(url=f"{group}/0", level_path="0", shape=shape, **(ours | fields))
 
 
 def written(volume: Volume, voxels: NDArray[Any]) -> Volume:
-    create_volume(volume, volume.url.removesuffix("/0"), {})
+    create_volume(volume, {})
     for unit in boxes_of(volume.box, volume.write_unit):
         write_box(volume, unit, voxels[unit.within(volume.box)])
     return volume
@@ -404,7 +404,7 @@ def test_what_is_written_as_whole_units_is_read_back(
 def test_a_created_volume_opens_as_it_was_described(tmp_path: Path, axes: tuple[str, ...], in_nm: bool) -> None:
     place = {"voxel_size": (8.0, 4.0, 4.5), "origin": (80.0, 0.0, -9.0), "in_nm": in_nm}
     volume = described(tmp_path / "out.zarr", axes=axes, **place)
-    create_volume(volume, str(tmp_path / "out.zarr"), {})
+    create_volume(volume, {})
     assert open_volume(tmp_path / "out.zarr") == volume
 
 
@@ -412,7 +412,7 @@ def test_a_created_volume_opens_as_it_was_described(tmp_path: Path, axes: tuple[
 @pytest.mark.parametrize("axes", [("z", "y", "x"), ("t", "c", "z", "y", "x")], ids="".join)
 def test_a_created_group_is_valid_ome_zarr(tmp_path: Path, axes: tuple[str, ...], in_nm: bool) -> None:
     place = {"voxel_size": (8.0, 4.0, 4.5), "origin": (80.0, 0.0, 9.0), "in_nm": in_nm}
-    create_volume(described(tmp_path / "out.zarr", axes=axes, **place), str(tmp_path / "out.zarr"), {"any": "thing"})
+    create_volume(described(tmp_path / "out.zarr", axes=axes, **place), {"any": "thing"})
     image = Image.from_zarr(zarr.open_group(tmp_path / "out.zarr", mode="r"))
     assert [axis.name for axis in image.attributes.ome.multiscales[0].axes] == list(axes)
 
@@ -428,7 +428,7 @@ def test_a_volume_in_an_object_store_is_written_and_read_back(memory_url: str) -
 def test_provenance_is_kept_beside_the_image_metadata(tmp_path: Path) -> None:
     group = str(tmp_path / "out.zarr")
     volume = described(tmp_path / "out.zarr")
-    create_volume(volume, group, {"state": "begun"})
+    create_volume(volume, {"state": "begun"})
     assert get_provenance(group) == {"state": "begun"}
     set_provenance(group, {"state": "done", "of": [1, 2]})
     assert get_provenance(group) == {"state": "done", "of": [1, 2]}
@@ -512,7 +512,7 @@ def test_a_torn_shard_is_overwritten_like_any_other(tmp_path: Path, unit: Box, k
 def test_a_box_of_many_write_units_is_written_whole(tmp_path: Path) -> None:
     volume = described(tmp_path / "out.zarr")
     voxels = image_like(volume.shape)
-    create_volume(volume, str(tmp_path / "out.zarr"), {})
+    create_volume(volume, {})
     write_box(volume, volume.box, voxels)
     np.testing.assert_array_equal(read_box(volume, volume.box), voxels)
 
@@ -553,7 +553,7 @@ def test_reading_a_box_reads_only_the_chunks_that_it_touches(tmp_path: Path, chu
 )
 def test_a_box_that_is_not_made_of_whole_write_units_is_refused_and_nothing_written(tmp_path: Path, box: Box) -> None:
     volume = described(tmp_path / "out.zarr")
-    create_volume(volume, str(tmp_path / "out.zarr"), {})
+    create_volume(volume, {})
     with pytest.raises(ValueError, match="not made of whole write units"):
         write_box(volume, box, np.ones(box.shape, np.uint8))
     assert stored_chunks(Path(volume.url)) == {}
@@ -602,3 +602,37 @@ def test_xarray_reads_only_what_is_computed(tmp_path: Path, chunk_reads: list[st
 def test_xarray_without_units_says_that_they_are_unknown(tmp_path: Path) -> None:
     lazy = open_volume(bare_zarr(tmp_path / "a.zarr", image_like((4, 8, 8)))).to_xarray()
     assert lazy.x.attrs["units"] == "unknown"
+
+
+@pytest.mark.parametrize(
+    ("box", "voxels"),
+    [
+        (Box(Span(16, 24), Span(0, 32), Span(0, 32)), np.zeros((8, 32, 32), np.uint8)),
+        (Box(Span(8, 16), Span(0, 32), Span(0, 32)), np.zeros((8, 32, 32), np.uint8)),
+        (Box(Span(8, 10), Span(0, 32), Span(0, 32)), np.zeros((8, 32, 32), np.uint8)),
+        (Box(Span(0, 8), Span(0, 32), Span(0, 32)), np.zeros((8, 32, 32), np.uint16)),
+    ],
+    ids=["outside", "beyond the end", "another shape", "another dtype"],
+)
+def test_voxels_that_do_not_fit_are_refused_and_not_dropped_or_converted(
+    tmp_path: Path, box: Box, voxels: np.ndarray
+) -> None:
+    volume = described(tmp_path / "out.zarr")
+    create_volume(volume, {})
+    with pytest.raises(ValueError, match="box"):
+        write_box(volume, box, voxels)
+
+
+@pytest.mark.parametrize("level", [1, -1])
+def test_a_bare_array_has_level_0_alone(tmp_path: Path, level: int) -> None:
+    source = bare_zarr(tmp_path / "in.zarr", image_like((2, 8, 8)))
+    with pytest.raises(InputError, match=f"has no level {level}: it is a bare array"):
+        open_volume(source, level)
+
+
+def test_metadata_that_was_changed_under_a_begun_output_is_refused(tmp_path: Path) -> None:
+    volume = described(tmp_path / "out.zarr")
+    create_volume(volume, {})
+    with pytest.raises(InputError, match="was changed since it was begun"):
+        create_volume(replace(volume, dtype="uint16"), {})
+    create_volume(volume, {})
