@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nrrn_pipeline import api
 from nrrn_pipeline.cost import counted, gigabytes
-from nrrn_pipeline.errors import InputError, NrrnError
+from nrrn_pipeline.errors import GO_ON, InputError, NrrnError
 from nrrn_pipeline.geometry import Box, Shape, Span
 from nrrn_pipeline.network import import_vemden, read_header, save_weights, weights_hash
 from nrrn_pipeline.planning import DenoisePlan, Layout
@@ -67,13 +67,13 @@ def denoise(  # one parameter an option: that is how the command line is declare
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Denoise SRC into DST. Interrupted? Run the same command again: it goes on where it was.
+    """Denoise SRC into DST. Interrupted? Run the same command again (without --overwrite): it goes on where it was.
 
     Example: nrrn denoise raw.zarr clean.zarr --weights lab.safetensors
     """
     layout = Layout(_triple("slab", slab), _triple("chunk", chunk), _triple("shard", shard), tile, halo)
     options = api.Options(level, layout, _roi(roi), images, stats, device, cluster, workers, overwrite)
-    with _bar("what is done is kept: run the same command again to go on") as bar:
+    with _bar(GO_ON) as bar:
         summary = api.denoise(source, output, weights, options, _Watch(bar))
     speed = summary.voxels / summary.seconds
     done = counted(summary.slabs, "slab") + (f", {summary.resumed} of them done before" if summary.resumed else "")

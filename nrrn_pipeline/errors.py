@@ -1,5 +1,8 @@
 """What goes wrong in ways a user can mend: each message says what was given, what was expected, what to do."""
 
+# never without "--overwrite": the same command with it would delete what is done
+GO_ON = "what is done is kept: run the same command again, without --overwrite, to go on"
+
 
 class NrrnError(Exception):
     """A message for the user, shown as one line; `exit_status` is the command line's."""

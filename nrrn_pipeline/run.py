@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import distributed
 
 from nrrn_pipeline import storage
-from nrrn_pipeline.errors import InputError, NrrnError, RunError
+from nrrn_pipeline.errors import GO_ON, InputError, NrrnError, RunError
 from nrrn_pipeline.ledger import Ledger, Record
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.slab import SlabTask, denoise_slab
@@ -104,6 +104,8 @@ class DaskRunner:
                         again.append((item, attempt + 1))
                         continue
                 yield Outcome(item, result, error)
+        except distributed.CancelledError as error:
+            raise RunError(f"the Dask scheduler is gone or was restarted; {GO_ON}") from error
         finally:
             self.client.cancel(list(running))
 
@@ -203,12 +205,10 @@ def _slabs(plan: DenoisePlan, statistics: SliceStatistics, runner: Runner, devic
         done, voxels = done + 1, voxels + outcome.result.voxels
         yield Progress("denoising", done, len(slabs), voxels, outcome.result)
     if failed:
-        raise RunError(
-            f"{len(failed)} of {len(slabs)} slabs failed {ATTEMPTS} times: {'; '.join(failed[:5])}. The others are "
-            "done; run the same command again to try these"
-        )
+        some = "; ".join(failed[:5])
+        raise RunError(f"{len(failed)} of {len(slabs)} slabs failed every time: {some}. All others are done; {GO_ON}")
     if missing := {slab.key for slab in slabs} - ledger.done():
-        raise RunError(f"{len(missing)} slabs have no record, such as {min(missing)}: run the same command again")
+        raise RunError(f"{len(missing)} slabs have no record, such as {min(missing)}; {GO_ON}")
 
 
 def _raise_permanent(error: BaseException) -> None:
@@ -217,10 +217,7 @@ def _raise_permanent(error: BaseException) -> None:
         raise error
     if isinstance(error, OSError) and error.errno in _PERMANENT:
         where = f" ({error.filename})" if error.filename else ""
-        raise RunError(
-            f"storage refused a read or write: {error.strerror}{where}. What is done is kept: mend this and run the "
-            "same command again"
-        ) from error
+        raise RunError(f"storage refused a read or write: {error.strerror}{where}. Mend this; {GO_ON}") from error
 
 
 def _line(error: BaseException) -> str:

@@ -33,7 +33,7 @@ def local_client(workers: int) -> Iterator[Client]:
             memory_limit=0,  # the plan bounds memory before the run; nothing here can be spilled
             host="127.0.0.1",
             dashboard_address=f"127.0.0.1:{_free_port(DASHBOARD_PORT)}",
-            silence_logs=logging.ERROR,
+            silence_logs=logging.CRITICAL,  # what goes wrong reaches the driver as a task's error, and is said once
         ) as cluster,
         Client(cluster) as client,
     ):

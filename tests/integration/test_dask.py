@@ -13,11 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import dask
-import dask.utils
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client, KilledWorker, LocalCluster
 
 from nrrn_pipeline import api
 from nrrn_pipeline.cluster import local_client
@@ -161,9 +159,17 @@ def test_a_worker_that_dies_costs_one_more_attempt(client: Client, tmp_path: Pat
     client.wait_for_workers(WORKERS, timeout=60)
 
 
-def test_a_local_worker_that_dies_again_and_again_is_always_started_again(client: Client) -> None:
-    patience = dask.utils.parse_timedelta(dask.config.get("distributed.deploy.lost-worker-timeout"))
-    assert patience >= 600  # Dask gives a worker up that is down just then: with none left a run would wait for ever
+def die_at_2(item: int) -> int:
+    if item == 2:
+        os._exit(1)
+    return item
+
+
+def test_an_item_that_always_kills_its_worker_is_reported_and_the_others_finish() -> None:
+    with local_client(2) as fresh:
+        outcomes = by_item(DaskRunner(fresh)(die_at_2, range(6)))
+    assert isinstance(outcomes.pop(2).error, KilledWorker)
+    assert {item: outcome.result for item, outcome in outcomes.items()} == {item: item for item in (0, 1, 3, 4, 5)}
 
 
 @pytest.fixture
