@@ -26,7 +26,7 @@ from nrrn_pipeline.statistics import SliceStatistics, measure_box, merge_boxes, 
 from nrrn_pipeline.volume import create_volume, get_provenance, is_zarr, set_provenance
 
 ATTEMPTS = 3  # of one item before it is set aside
-WINDOW = 2  # items with the scheduler a worker: one at work, one waiting; a death then suspects few
+WINDOW = 1  # items with the scheduler a thread: one that waits behind another is suspected when that kills its worker
 _PERMANENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -99,8 +99,7 @@ class DaskRunner:
                 del future  # a result that is held would be computed again if the worker that has it died
                 if error is not None:
                     _raise_permanent(error)
-                    # Dask itself has tried a task again whose worker died under it
-                    if attempt < ATTEMPTS and not isinstance(error, distributed.KilledWorker):
+                    if attempt < ATTEMPTS:
                         again.append((item, attempt + 1))
                         continue
                 yield Outcome(item, result, error)
@@ -110,7 +109,7 @@ class DaskRunner:
             self.client.cancel(list(running))
 
     def _window(self) -> int:
-        return WINDOW * max(1, len(self.client.nthreads()))
+        return WINDOW * max(1, sum(self.client.nthreads().values()))
 
     def _resources(self) -> dict[str, int] | None:
         """One GPU a task, on a cluster whose workers declare GPUs."""

@@ -21,6 +21,7 @@ def local_client(workers: int) -> Iterator[Client]:
         "distributed.worker.multiprocessing-method": "spawn",
         # else a worker that is being restarted just then is dropped, and with the last one the run would hang
         "distributed.deploy.lost-worker-timeout": "1 hour",
+        "distributed.scheduler.allowed-failures": 1,  # deaths of workers an attempt; the runner makes three
         "distributed.worker.preload": ["nrrn_pipeline.cluster.worker"],
         "distributed.nanny.pre-spawn-environ": _environment(workers),
     }
