@@ -10,29 +10,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nrrn_pipeline.api import Options, denoise, plan, train
+    from nrrn_pipeline.api import Options, RunWatch, denoise, import_weights, plan, train, verify
     from nrrn_pipeline.errors import InputError, NrrnError, RunError
-    from nrrn_pipeline.planning import Layout
+    from nrrn_pipeline.geometry import Box
+    from nrrn_pipeline.planning import Layout, Method
     from nrrn_pipeline.training.fit import TrainSettings
     from nrrn_pipeline.volume import open_volume
 
 __all__ = [
+    "Box",
     "InputError",
     "Layout",
+    "Method",
     "NrrnError",
     "Options",
     "RunError",
+    "RunWatch",
     "TrainSettings",
     "denoise",
+    "import_weights",
     "open_volume",
     "plan",
     "train",
+    "verify",
 ]
 
 _HOMES = {
-    "api": ("Options", "denoise", "plan", "train"),
+    "api": ("Options", "RunWatch", "denoise", "import_weights", "plan", "train", "verify"),
     "errors": ("InputError", "NrrnError", "RunError"),
-    "planning": ("Layout",),
+    "geometry": ("Box",),
+    "planning": ("Layout", "Method"),
     "training.fit": ("TrainSettings",),
     "volume": ("open_volume",),
 }
@@ -43,3 +50,7 @@ def __getattr__(name: str) -> Any:
         if name in names:
             return getattr(import_module(f"nrrn_pipeline.{home}"), name)
     raise AttributeError(f"module 'nrrn_pipeline' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

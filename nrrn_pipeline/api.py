@@ -1,4 +1,4 @@
-"""What users call: plan, denoise, train and verify, each in one call; the command line adds only words."""
+"""What users call: plan, denoise, verify, train and import_weights, each in one call; the command line adds words."""
 
 from __future__ import annotations
 
@@ -10,20 +10,30 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 from nrrn_pipeline import storage
+from nrrn_pipeline.checking import check
 from nrrn_pipeline.cluster import address_client, local_client
 from nrrn_pipeline.cost import Cost, cost_of, counted, default_workers, refuse_what_cannot_fit, seconds_to_run
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box
-from nrrn_pipeline.network import DEVICES, NRRN, choose_device, load_weights, read_header, save_weights, weights_hash
-from nrrn_pipeline.planning import DenoisePlan, Layout, Weights, plan_denoise
+from nrrn_pipeline.ledger import Ledger
+from nrrn_pipeline.network import (
+    NRRN,
+    choose_device,
+    import_vemden,
+    load_weights,
+    read_header,
+    refuse_unknown_device,
+    save_weights,
+    weights_hash,
+)
+from nrrn_pipeline.planning import DenoisePlan, Layout, Method, Weights, plan_denoise
 from nrrn_pipeline.run import DaskRunner, Progress, Runner, check_output, run_plan, run_serially
-from nrrn_pipeline.training.fit import TrainSettings, fit
-from nrrn_pipeline.training.fit import Watch as TrainWatch
+from nrrn_pipeline.training.fit import OnStep, TrainSettings, fit
 from nrrn_pipeline.training.triplets import triplets
-from nrrn_pipeline.volume import Volume, open_volume
+from nrrn_pipeline.volume import open_volume
 
 Location = str | os.PathLike[str]
 PAPER = Weights(path="", sha256="", units=4, channels=64)
@@ -33,27 +43,24 @@ PAPER = Weights(path="", sha256="", units=4, channels=64)
 class Options:
     """How to denoise.
 
-    level: pyramid level of an OME-Zarr source. layout: slab, chunk, shard, tile and halo in voxels. roi: the part to
-    denoise, in the level's voxels. images: slices that one estimate is made from: 3, 2 or 1. statistics: each "slice"'s
-    own mean and std, or those of the whole "volume". device: "auto", "cpu" or "cuda". cluster: "local", "serial" or a
-    Dask scheduler's address. workers: local processes; None: as many as cores and memory carry. overwrite: delete an
-    output that exists.
+    level: pyramid level of an OME-Zarr source. roi: the part to denoise, in the level's voxels, as
+    Box.parse("0:8,0:512,0:512"). layout: slab, chunk, shard, tile and halo. method: images and statistics. device:
+    "auto", "cpu" or "cuda". cluster: "local", "serial" or a Dask scheduler's address. workers: processes of a local
+    cluster; None: as many as cores and memory carry. overwrite: delete an output that exists.
     """
 
     level: int = 0
-    layout: Layout = field(default_factory=Layout)
     roi: Box | None = None
-    images: int = 3
-    statistics: str = "slice"
+    layout: Layout = field(default_factory=Layout)
+    method: Method = field(default_factory=Method)
     device: str = "auto"
     cluster: str = "local"
     workers: int | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """Raises InputError for what no machine has."""
-        if self.device not in DEVICES:
-            raise InputError(f"device {self.device!r} is unknown: use {', '.join(DEVICES)}")
+        """Raises InputError for a device, cluster or number of workers that cannot be."""
+        refuse_unknown_device(self.device)
         if not self.here and ":" not in self.cluster:
             raise InputError(f"cluster {self.cluster!r} is unknown: use local, serial or an address as tcp://host:8786")
         if self.workers is not None and self.workers < 1:
@@ -87,8 +94,8 @@ class Summary:
     peak_memory_bytes: int
 
 
-class Watch(Protocol):
-    """Is told how a run goes."""
+class RunWatch:
+    """Is told how a run goes; override what you want to see."""
 
     def started(self, plan: DenoisePlan, where: str) -> None:
         """Workers are there; `where` says where, with the dashboard's address if there is one."""
@@ -97,33 +104,31 @@ class Watch(Protocol):
         """One more piece is done."""
 
 
-class Silent:
-    """Watches and says nothing."""
-
-    def started(self, plan: DenoisePlan, where: str) -> None:
-        """Nothing."""
-
-    def progressed(self, progress: Progress) -> None:
-        """Nothing."""
-
-
 def plan(
     source: Location, output: Location, weights: Location | None = None, options: Options | None = None
 ) -> Forecast:
     """What denoise with the same arguments would do and take; runs one tile for a few seconds and writes nothing.
 
-    Without weights, the paper's network (4 units, 64 channels) is assumed. Raises InputError where denoise would.
+    Without weights, the paper's network (4 units, 64 channels) is assumed. The time is that of local workers. Raises
+    InputError where denoise would.
     """
     options = options or Options()
     made = _plan(source, output, weights, options)
+    if weights is None and not options.overwrite and Ledger(made.target.url).begun():
+        raise InputError(f"{made.group_url} is begun: give its --weights, to plan what is left of it")
     check_output(made, options.overwrite)
     workers = _workers(made, options)
     network = load_weights(weights) if weights else NRRN(PAPER.units, PAPER.channels).eval()
-    return Forecast(made, cost_of(made), workers, seconds_to_run(made, network, options.device, workers))
+    device = options.device if options.here else "auto"
+    return Forecast(made, cost_of(made), workers, seconds_to_run(made, network, device, workers))
 
 
 def denoise(
-    source: Location, output: Location, weights: Location, options: Options | None = None, watch: Watch | None = None
+    source: Location,
+    output: Location,
+    weights: Location,
+    options: Options | None = None,
+    watch: RunWatch | None = None,
 ) -> Summary:
     """Denoise a volume into a new OME-Zarr 0.5 group; called again after any interruption, it goes on from there.
 
@@ -132,9 +137,9 @@ def denoise(
     Raises InputError, with nothing written, if that cannot be done as asked; RunError if it broke off, and what is
     done is kept.
     """
-    options, watch = options or Options(), watch or Silent()
+    options, watch = options or Options(), watch or RunWatch()
     made = _plan(source, output, weights, options)
-    check_output(made, options.overwrite)
+    check_output(made, options.overwrite)  # before workers start; run_plan may be called without us
     started, resumed, voxels, peak = perf_counter(), 0, 0, 0
     with _runner(made, options) as (runner, where):
         watch.started(made, where)
@@ -149,12 +154,20 @@ def denoise(
     return Summary(made, len(made.slabs), resumed, voxels, perf_counter() - started, peak)
 
 
+def verify(output: Location) -> list[str]:
+    """What is wrong with an output of denoise: slabs without a record, chunks missing or damaged; empty if whole.
+
+    Raises InputError if there is no output of denoise.
+    """
+    return [checked.problem for checked in check(output) if checked.problem]
+
+
 def train(
     source: Location,
     weights: Location,
     settings: TrainSettings | None = None,
     level: int = 0,
-    watch: TrainWatch | None = None,
+    on_step: OnStep | None = None,
 ) -> dict[str, Any]:
     """Train an NRRN on a noisy volume alone, with the paper's loss, and write it to `weights`; returns its record.
 
@@ -164,21 +177,13 @@ def train(
     settings = settings or TrainSettings()
     choose_device(settings.device)
     volume = open_volume(source, level)
-    target = Path(weights)
-    if target.exists():
-        raise InputError(f"{target} exists: choose another file, or delete it")
-    if not target.resolve().parent.is_dir():
-        raise InputError(f"{target} cannot be written: its folder is missing")
-    try:
-        storage.check_writable(str(target.resolve().parent))
-    except OSError as error:
-        raise InputError(f"{target} cannot be written: {error.strerror or error}; choose another file") from error
+    _refuse_unwritable(weights)
     started, losses = perf_counter(), []
 
     def note(step: int, loss: float) -> None:
         losses.append(loss)
-        if watch is not None:
-            watch(step, loss)
+        if on_step is not None:
+            on_step(step, loss)
 
     network = fit(triplets(volume, settings), settings, note)
     tail = losses[-max(1, len(losses) // 10) :]
@@ -189,13 +194,24 @@ def train(
         "dtype": volume.dtype,
         "voxel_nm": volume.voxel_nm,
         "settings": asdict(settings),
-        "last_loss": sum(tail) / len(tail),
+        "mean_loss_of_last_tenth": sum(tail) / len(tail),
         "seconds": round(perf_counter() - started, 1),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("nrrn-pipeline", "torch", "numpy")},
     }
-    save_weights(network, target, record)
+    save_weights(network, weights, record)
     return record
+
+
+def import_weights(checkpoint: Location, weights: Location) -> NRRN:
+    """Turn a checkpoint of the authors' tool (vEMden) into a weights file; no code in it is run.
+
+    Raises InputError if it is no such checkpoint, or `weights` exists or cannot be written.
+    """
+    network = import_vemden(checkpoint)
+    _refuse_unwritable(weights)
+    save_weights(network, weights, {"imported from": str(checkpoint), "sha256 of that": weights_hash(checkpoint)})
+    return network
 
 
 def describe_weights(path: Location | None) -> Weights:
@@ -206,22 +222,33 @@ def describe_weights(path: Location | None) -> Weights:
     return Weights(storage.absolute(path), weights_hash(path), header["units"], header["channels"])
 
 
+def _refuse_unwritable(weights: Location) -> None:
+    folder = Path(weights).resolve().parent
+    if Path(weights).exists():
+        raise InputError(f"{weights} exists: choose another file, or delete it")
+    if not folder.is_dir():
+        raise InputError(f"{weights} cannot be written: its folder is missing; make it first")
+    try:
+        storage.check_writable(str(folder))
+    except OSError as error:
+        raise InputError(f"{weights} cannot be written: {error.strerror or error}; choose another file") from error
+
+
 def _plan(source: Location, output: Location, weights: Location | None, options: Options) -> DenoisePlan:
     if options.here:
         choose_device(options.device)
-    volume: Volume = open_volume(source, options.level)
-    method = (options.images, options.statistics)
-    return plan_denoise(
-        volume, storage.absolute(output), describe_weights(weights), options.layout, options.roi, method
-    )
+    volume = open_volume(source, options.level)
+    described = describe_weights(weights)
+    return plan_denoise(volume, storage.absolute(output), described, options.layout, options.roi, options.method)
 
 
 def _workers(made: DenoisePlan, options: Options) -> int:
+    """Local workers that the options ask for. Raises InputError if this machine is asked for more than it can hold."""
+    workers = options.workers
     if options.cluster == "serial":
         workers = 1
-    else:
-        on_gpu = choose_device(options.device).type == "cuda"
-        workers = default_workers(made, on_gpu) if options.workers is None else options.workers
+    if workers is None:
+        workers = default_workers(made, options.here and choose_device(options.device).type == "cuda")
     if options.here:
         refuse_what_cannot_fit(made, workers)
     return workers
@@ -230,16 +257,14 @@ def _workers(made: DenoisePlan, options: Options) -> int:
 @contextmanager
 def _runner(made: DenoisePlan, options: Options) -> Iterator[tuple[Runner, str]]:
     """The runner that the options ask for, and where it runs, in words."""
+    if not options.here:
+        with address_client(options.cluster) as client:
+            workers = counted(len(client.nthreads()), "worker")
+            yield DaskRunner(client), f"{workers} of {options.cluster}, dashboard {client.dashboard_link}"
+        return
+    workers_here = _workers(made, options)
     if options.cluster == "serial":
-        _workers(made, options)
         yield run_serially, "this process"
         return
-    if options.cluster == "local":
-        workers = _workers(made, options)
-        with local_client(workers) as client:
-            yield DaskRunner(client), f"{counted(workers, 'local worker')}, dashboard {client.dashboard_link}"
-        return
-    with address_client(options.cluster) as client:
-        workers = len(client.nthreads())
-        where = f"{counted(workers, 'worker')} of {options.cluster}, dashboard {client.dashboard_link}"
-        yield DaskRunner(client), where
+    with local_client(workers_here) as client:
+        yield DaskRunner(client), f"{counted(workers_here, 'local worker')}, dashboard {client.dashboard_link}"

@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nrrn_pipeline import api
-from nrrn_pipeline.cost import counted, gigabytes
+from nrrn_pipeline.checking import check
+from nrrn_pipeline.cost import bytes_text, counted
 from nrrn_pipeline.errors import GO_ON, InputError, NrrnError
-from nrrn_pipeline.geometry import Box, Shape, Span
-from nrrn_pipeline.network import import_vemden, read_header, save_weights, weights_hash
-from nrrn_pipeline.planning import DenoisePlan, Layout
+from nrrn_pipeline.geometry import Box, Shape
+from nrrn_pipeline.network import read_header, weights_hash
+from nrrn_pipeline.planning import DenoisePlan, Layout, Method
 from nrrn_pipeline.run import Progress as RunProgress
 from nrrn_pipeline.training.fit import TrainSettings
-from nrrn_pipeline.verify import verify as verify_output
 from nrrn_pipeline.volume import get_provenance, open_volume
 
 app = typer.Typer(
@@ -71,15 +71,23 @@ def denoise(  # one parameter an option: that is how the command line is declare
 
     Example: nrrn denoise raw.zarr clean.zarr --weights lab.safetensors
     """
-    layout = Layout(_triple("slab", slab), _triple("chunk", chunk), _triple("shard", shard), tile, halo)
-    options = api.Options(level, layout, _roi(roi), images, stats, device, cluster, workers, overwrite)
+    options = api.Options(
+        level=level,
+        roi=_roi(roi),
+        layout=_layout(slab, chunk, shard, tile, halo),
+        method=Method(images, stats),
+        device=device,
+        cluster=cluster,
+        workers=workers,
+        overwrite=overwrite,
+    )
     with _bar(GO_ON) as bar:
         summary = api.denoise(source, output, weights, options, _Watch(bar))
     speed = summary.voxels / summary.seconds
     done = counted(summary.slabs, "slab") + (f", {summary.resumed} of them done before" if summary.resumed else "")
     out.print(f"{summary.plan.group_url}: complete, {done}")
     if summary.voxels:
-        peak = gigabytes(summary.peak_memory_bytes)
+        peak = bytes_text(summary.peak_memory_bytes)
         out.print(f"{summary.seconds:.1f} s, {speed / 1e6:.3f} million voxels/s, peak memory of a worker {peak}")
 
 
@@ -103,23 +111,32 @@ def plan(
     overwrite: Overwrite = False,
 ) -> None:
     """Say what nrrn denoise would do with the same words, and what it would take. Writes nothing."""
-    layout = Layout(_triple("slab", slab), _triple("chunk", chunk), _triple("shard", shard), tile, halo)
-    options = api.Options(level, layout, _roi(roi), images, stats, device, cluster, workers, overwrite)
+    options = api.Options(
+        level=level,
+        roi=_roi(roi),
+        layout=_layout(slab, chunk, shard, tile, halo),
+        method=Method(images, stats),
+        device=device,
+        cluster=cluster,
+        workers=workers,
+        overwrite=overwrite,
+    )
     forecast = api.plan(source, output, weights, options)
     made, cost = forecast.plan, forecast.cost
-    network = f"{made.weights.units} units, {made.weights.channels} channels"
+    network = _network(made.weights.units, made.weights.channels)
     rows = {
         "source": f"{made.source.url}, {_by(made.source.shape)} {made.source.dtype}",
         "output": f"{made.group_url}, {_by(made.target.shape)}, shards of {_by(made.target.write_unit)}",
         "network": network if weights else f"{network}: the paper's, as no --weights are given",
         "slabs": f"{cost.slabs} of {_by(made.slab)}, tile {made.tile}, halo {made.halo}",
         "tasks": f"{cost.tasks}: {cost.statistics_tasks} for statistics, {cost.slabs} to denoise",
-        "reads": f"{gigabytes(cost.read_bytes)}; {gigabytes(cost.fetched_bytes)} in whole chunks of the source",
-        "read amplification": f"{cost.amplification:.2f}; {cost.chunk_amplification:.2f} in whole chunks",
-        "writes": f"{gigabytes(cost.written_bytes)} before compression",
+        "reads": f"{bytes_text(cost.read_bytes)}; {bytes_text(cost.fetched_bytes)} in whole chunks of the source",
+        "read amplification": f"{cost.read_amplification:.2f}; {cost.chunk_amplification:.2f} in whole chunks",
+        "writes": f"{bytes_text(cost.written_bytes)} before compression",
         "arithmetic": f"{cost.flop / 1e12:.3g} TFLOP",
-        "memory": f"{gigabytes(cost.worker_bytes)} a worker at its peak",
-        "time": f"{_duration(forecast.seconds)} with {counted(forecast.workers, 'worker')}, from one timed tile",
+        "memory": f"{bytes_text(cost.worker_bytes)} a worker at its peak",
+        "time": f"{_duration(forecast.seconds)} of the network with {counted(forecast.workers, 'worker')}, "
+        "from one timed tile",
     }
     _print_rows(rows)
 
@@ -138,7 +155,7 @@ def info(path: Annotated[str, typer.Argument(help="A volume or a weights file.")
         "url": volume.url,
         "shape (z, y, x)": _by(volume.shape),
         "dtype": volume.dtype,
-        "bytes": gigabytes(volume.box.size * volume.itemsize),
+        "bytes": bytes_text(volume.box.size * volume.itemsize),
         "voxel size": f"{_by(volume.voxel_nm)} nm" if volume.voxel_nm else "unknown",
         "chunk": _by(volume.chunk),
         "shard": "none" if volume.chunk == volume.write_unit else _by(volume.write_unit),
@@ -154,12 +171,12 @@ def verify(output: Annotated[str, typer.Argument(metavar="DST", help="An output 
     wrong = 0
     with _bar("nothing is changed by verifying") as bar:
         task = bar.add_task("verifying", total=None, speed="")
-        for done, total, problem in verify_output(output):
+        for checked in check(output):
             bar.start()
-            bar.update(task, completed=done, total=total)
-            if problem:
+            bar.update(task, completed=checked.done, total=checked.total)
+            if checked.problem:
                 wrong += 1
-                out.print(problem, markup=False)
+                out.print(checked.problem, markup=False)
     if wrong:
         err.print(f"{output} is not whole: {counted(wrong, 'problem')}", markup=False)
         raise typer.Exit(1)
@@ -182,7 +199,17 @@ def train(
     device: Device = "auto",
 ) -> None:
     """Train on SRC itself: no clean data is needed (the paper's loss on adjacent slices)."""
-    settings = TrainSettings(units, channels, steps, batch, crop, learning_rate, halve_every, seed, device)
+    settings = TrainSettings(
+        units=units,
+        channels=channels,
+        steps=steps,
+        batch=batch,
+        crop=crop,
+        learning_rate=learning_rate,
+        halve_every=halve_every,
+        seed=seed,
+        device=device,
+    )
     with _bar("no weights are written") as bar:
         task = bar.add_task("training", total=steps, speed="")
 
@@ -197,7 +224,9 @@ def train(
             level,
             trained,
         )
-    out.print(f"{weights}: {units} units, {channels} channels, last loss {record['last_loss']:.4f}")
+    out.print(
+        f"{weights}: {_network(units, channels)}, mean loss of the last tenth {record['mean_loss_of_last_tenth']:.4f}"
+    )
 
 
 @weights_app.command("import")
@@ -206,11 +235,8 @@ def import_weights(
     weights: Annotated[str, typer.Argument(help="Weights file to write (.safetensors).")],
 ) -> None:
     """Turn a checkpoint of the authors' tool into a weights file; nothing in it is executed."""
-    if Path(weights).exists():
-        raise InputError(f"{weights} exists: choose another file, or delete it")
-    network = import_vemden(checkpoint)
-    save_weights(network, weights, {"imported from": str(checkpoint), "sha256 of that": weights_hash(checkpoint)})
-    out.print(f"{weights}: {len(network.units)} units, {network.channels} channels")
+    network = api.import_weights(checkpoint, weights)
+    out.print(f"{weights}: {_network(len(network.units), network.channels)}")
 
 
 def main() -> None:
@@ -225,7 +251,7 @@ def main() -> None:
         sys.exit(1)
 
 
-class _Watch:
+class _Watch(api.RunWatch):
     """Shows a run on a progress bar."""
 
     def __init__(self, bar: Progress) -> None:
@@ -271,6 +297,10 @@ def _print_rows(rows: dict[str, str]) -> None:
         out.print(f"{name:{width}}  {value}", markup=False, highlight=False)  # never cut: scripts read it too
 
 
+def _network(units: int, channels: int) -> str:
+    return f"{counted(units, 'unit')}, {counted(channels, 'channel')}"
+
+
 def _by(values: tuple[Any, ...]) -> str:
     return " x ".join(f"{value:g}" for value in values)
 
@@ -291,21 +321,22 @@ def _triple(name: str, text: str | None) -> Shape | None:
         raise InputError(
             f"--{name} {text!r} is not understood: expected three numbers Z,Y,X such as 64,512,512"
         ) from None
-    if min(z, y, x) < 1:
-        raise InputError(f"--{name} {text} is not possible: use 1 or more along each axis")
     return z, y, x
+
+
+def _layout(slab: str | None, chunk: str | None, shard: str | None, tile: int, halo: int | None) -> Layout:
+    return Layout(_triple("slab", slab), _triple("chunk", chunk), _triple("shard", shard), tile, halo)
 
 
 def _roi(text: str | None) -> Box | None:
     if text is None:
         return None
     try:
-        z, y, x = (Span(*(int(end) for end in part.split(":"))) for part in text.split(","))
-    except (ValueError, TypeError):
+        return Box.parse(text)
+    except ValueError:
         raise InputError(
             f"--roi {text!r} is not understood: expected Z0:Z1,Y0:Y1,X0:X1 such as 0:16,0:512,0:512"
         ) from None
-    return Box(z, y, x)
 
 
 if __name__ == "__main__":

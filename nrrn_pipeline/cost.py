@@ -31,7 +31,7 @@ class Cost:
     written_bytes: int
     flop: float
     worker_bytes: int
-    amplification: float
+    read_amplification: float
     chunk_amplification: float
 
     @property
@@ -47,7 +47,7 @@ def cost_of(plan: DenoisePlan) -> Cost:
     fetched = fetched_voxels(plan.source, (slab.read for slab in slabs))
     statistics = statistics_boxes(plan.source, plan.statistics_z)
     measured = fetched_voxels(plan.source, statistics)
-    flop = flop_per_voxel(plan.weights.units, plan.weights.channels, plan.images)
+    flop = flop_per_voxel(plan.weights.units, plan.weights.channels, plan.method.images)
     return Cost(
         slabs=len(slabs),
         statistics_tasks=len(statistics),
@@ -56,7 +56,7 @@ def cost_of(plan: DenoisePlan) -> Cost:
         written_bytes=plan.box.size * item,
         flop=flop * plan.box.size * _tile_overhead(plan),
         worker_bytes=worker_bytes(plan),
-        amplification=read / plan.box.size,
+        read_amplification=read / plan.box.size,
         chunk_amplification=fetched / plan.box.size,
     )
 
@@ -88,8 +88,9 @@ def worker_bytes(plan: DenoisePlan) -> int:
     decoding = min(DECODED_AT_ONCE * prod(plan.source.chunk), fetched_voxels(plan.source, [slab.read])) * item
     encoding = 2 * min(slab.keep.size, prod(plan.target.write_unit)) * item
     stack = len(slab.read.z) * pixels * (item + 4 * 4)  # the tile, normalised in two steps, the estimate, scaled back
-    maps = activation_bytes(plan.weights.units, plan.weights.channels, pixels, plan.images)
-    measured = max(box.size * item + 16 * len(box.y) * len(box.x) for box in statistics_boxes(plan.source, slab.read.z))
+    maps = activation_bytes(plan.weights.units, plan.weights.channels, pixels, plan.method.images)
+    boxes = statistics_boxes(plan.source, plan.statistics_z)
+    measured = max(box.size * item + 16 * len(box.y) * len(box.x) for box in boxes)
     denoising = voxels_in + max(decoding, voxels_out + max(encoding, stack + maps))
     return PROCESS_BYTES + max(denoising, measured + min(decoding, measured))
 
@@ -108,15 +109,15 @@ def refuse_what_cannot_fit(plan: DenoisePlan, workers: int) -> None:
     if workers * one <= free:
         return
     setting = f"--workers {free // one}" if free >= one else "a smaller --slab (with --shard) or --tile"
-    wanted = f"{counted(workers, 'worker')} of {gigabytes(one)}"
-    raise InputError(f"{wanted} cannot fit: {gigabytes(free)} of memory are free; use {setting}")
+    wanted = f"{counted(workers, 'worker')} of {bytes_text(one)}"
+    raise InputError(f"{wanted} cannot fit: {bytes_text(free)} of memory are free; use {setting}")
 
 
 def seconds_to_run(plan: DenoisePlan, network: NRRN, device: str, workers: int) -> float:
     """The network's time for the whole plan with that many local workers, from one tile timed here in a few seconds."""
     window = (min(plan.tile, plan.source.shape[1]), min(plan.tile, plan.source.shape[2]))
     threads = max(1, (os.cpu_count() or 1) // workers)
-    each = seconds_per_pixel(in_slot(network, device, plan.images), window, threads)
+    each = seconds_per_pixel(in_slot(network, device, plan.method.images), window, threads)
     return each * plan.box.size * _tile_overhead(plan) / min(workers, len(plan.slabs))
 
 
@@ -125,7 +126,7 @@ def counted(count: int, word: str) -> str:
     return f"{count} {word}" if count == 1 else f"{count} {word}s"
 
 
-def gigabytes(count: float) -> str:
+def bytes_text(count: float) -> str:
     """Bytes as people read them."""
     for unit in ("bytes", "KB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":

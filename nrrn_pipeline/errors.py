@@ -17,4 +17,4 @@ class InputError(NrrnError):
 
 
 class RunError(NrrnError):
-    """A run that began could not finish; what is done is kept, and the same command goes on from there."""
+    """Something that began could not finish; what a run has done is kept, and the message says what to do next."""

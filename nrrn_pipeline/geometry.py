@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
+from typing import Self
 
 Shape = tuple[int, int, int]
 
@@ -77,6 +78,14 @@ class Box:
 
     def __str__(self) -> str:
         return ",".join(f"{span.start}:{span.stop}" for span in self.spans)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The inverse of str: "0:8,0:512,0:512" in z, y, x order. Raises ValueError for any other text."""
+        z, y, x = (tuple(int(end) for end in part.split(":")) for part in text.split(","))
+        if not len(z) == len(y) == len(x) == 2:
+            raise ValueError(f"{text!r} does not give two ends for each axis")
+        return cls(Span(*z), Span(*y), Span(*x))
 
 
 def box_of(shape: Shape) -> Box:

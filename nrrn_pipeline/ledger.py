@@ -10,10 +10,8 @@ Chunk presence says nothing: only a record says "done".
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from nrrn_pipeline import storage
@@ -100,18 +98,3 @@ class Ledger:
             raise InputError(
                 f"{self.url}/statistics.json is damaged ({error}): start again with --overwrite"
             ) from error
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process has held at any time.
-
-    On Linux from its own status file: getrusage also counts what the parent held before it started this process.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    import resource  # not on every system, and needed on those without /proc only
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

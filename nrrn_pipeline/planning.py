@@ -1,6 +1,7 @@
 """Which slabs to denoise, how, and into what: decided before any voxel is read.
 
-A plan is small and pickles: it goes with every task. Two plans with one fingerprint give the same voxels.
+A plan is small and pickles: it goes with every task. Two plans with equal settings give the same voxels, up to rounding
+between devices.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Cut, Shape, Span, boxes_of, tiles_of
+from nrrn_pipeline.network import reach_of
 from nrrn_pipeline.volume import Volume
 
 ALGORITHM = 1  # raised whenever the same settings would give other voxels than before
@@ -31,6 +33,44 @@ class Weights:
     units: int
     channels: int
 
+    @property
+    def reach(self) -> int:
+        """The network's, in voxels."""
+        return reach_of(self.units)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a slice is estimated: from `images` slices (3: the paper's; 2; 1), with "slice" or "volume" statistics."""
+
+    images: int = 3
+    statistics: str = "slice"
+
+    def __post_init__(self) -> None:
+        """Raises InputError for what is no method."""
+        if self.images not in (1, 2, 3):
+            raise InputError(f"images {self.images} is not possible: use 3 (the paper's method), 2 or 1")
+        if self.statistics not in ("slice", "volume"):
+            raise InputError(f"statistics {self.statistics!r} is unknown: use slice or volume")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the work is cut and the output stored, in voxels; None takes the default."""
+
+    slab: Shape | None = None
+    chunk: Shape | None = None
+    shard: Shape | None = None
+    tile: int = 256
+    halo: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raises InputError for sizes below 1."""
+        for name in ("slab", "chunk", "shard"):
+            size = getattr(self, name)
+            if size is not None and (len(size) != 3 or min(size) < 1):
+                raise InputError(f"{name} {size} is not possible: use three sizes Z,Y,X of 1 or more")
+
 
 @dataclass(frozen=True, order=True)
 class Slab:
@@ -42,7 +82,7 @@ class Slab:
     @property
     def key(self) -> str:
         """Its name in the ledger."""
-        return f"z{self.keep.z.start}-y{self.keep.y.start}-x{self.keep.x.start}"
+        return slab_key(self.keep)
 
     def tiles(self, tile: int, halo: int) -> Iterator[tuple[Cut, Cut]]:
         """The (y, x) cuts of its planes that the network sees one at a time."""
@@ -60,15 +100,14 @@ class DenoisePlan:
     box: Box
     weights: Weights
     slab: Shape
-    tile: int = 256
-    halo: int = 7
-    images: int = 3
-    statistics: str = "slice"
+    tile: int
+    halo: int
+    method: Method
 
     @property
     def group_url(self) -> str:
         """The OME-Zarr group that holds the target."""
-        return self.target.image_url
+        return self.target.group_url
 
     @property
     def slabs(self) -> tuple[Slab, ...]:
@@ -78,7 +117,7 @@ class DenoisePlan:
     @property
     def statistics_z(self) -> Span:
         """The slices whose statistics are needed: the triplets' own, or all for statistics of the volume."""
-        return self.source.box.z if self.statistics == "volume" else self.box.z.grown(1, self.source.box.z)
+        return self.source.box.z if self.method.statistics == "volume" else self.box.z.grown(1, self.source.box.z)
 
     def target_box(self, slab: Slab) -> Box:
         """Where the slab's kept voxels lie in the target."""
@@ -100,8 +139,8 @@ class DenoisePlan:
             "chunk": list(self.target.chunk),
             "tile": self.tile,
             "halo": self.halo,
-            "images": self.images,
-            "statistics": self.statistics,
+            "images": self.method.images,
+            "statistics": self.method.statistics,
         }
 
     @property
@@ -118,15 +157,9 @@ class DenoisePlan:
         return Slab(keep, Box(z, y, x))
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What a user may ask for of the work's cut and the output's storage; None takes the default."""
-
-    slab: Shape | None = None
-    chunk: Shape | None = None
-    shard: Shape | None = None
-    tile: int = 256
-    halo: int | None = None
+def slab_key(keep: Box) -> str:
+    """What the ledger calls the slab that writes `keep`."""
+    return f"z{keep.z.start}-y{keep.y.start}-x{keep.x.start}"
 
 
 def plan_denoise(
@@ -135,31 +168,24 @@ def plan_denoise(
     weights: Weights,
     layout: Layout = Layout(),
     roi: Box | None = None,
-    method: tuple[int, str] = (3, "slice"),
+    method: Method = Method(),
 ) -> DenoisePlan:
     """The plan that denoises `source`, or its part `roi`, into a new OME-Zarr group at `group_url`.
 
-    `method`: images a slice is made from (3, 2, 1), and statistics of each "slice" or of the whole "volume".
-
     Raises InputError if the settings cannot give an exact output; reads and writes nothing.
     """
-    images, statistics = method
-    if images not in (1, 2, 3):
-        raise InputError(f"images {images} is not possible: use 3 (the paper's method), 2 or 1")
-    if statistics not in ("slice", "volume"):
-        raise InputError(f"statistics {statistics!r} is unknown: use slice or volume")
     group_url = storage.absolute(group_url)
-    _refuse_overlap(source.image_url, group_url)
+    _refuse_overlap(source.group_url, group_url)
     box = roi or source.box
     for span, bound, axis in zip(box.spans, source.box.spans, "zyx", strict=True):
         if not bound.start <= span.start < span.stop <= bound.stop:
             raise InputError(
                 f"roi {axis}={span.start}:{span.stop} is empty or not inside the volume: use a part of 0:{bound.stop}"
             )
-    target = parallel_volume(source, group_url, box, layout)
+    target = _target_volume(source, group_url, box, layout)
     slab = layout.slab or target.write_unit
     _refuse_unaligned(slab, target)
-    reach = weights.units + 3
+    reach = weights.reach
     halo = reach if layout.halo is None else layout.halo
     if halo < reach:
         raise InputError(f"halo {halo} is less than the network's reach {reach}: seams would show; use {reach} or more")
@@ -167,10 +193,10 @@ def plan_denoise(
         raise InputError(
             f"tile {layout.tile} keeps nothing beside a halo of {halo} on each side: use a tile of more than {2 * halo}"
         )
-    return DenoisePlan(source, target, box, weights, slab, layout.tile, halo, images, statistics)
+    return DenoisePlan(source, target, box, weights, slab, layout.tile, halo, method)
 
 
-def parallel_volume(source: Volume, group_url: str, box: Box, layout: Layout) -> Volume:
+def _target_volume(source: Volume, group_url: str, box: Box, layout: Layout) -> Volume:
     """The array that will hold the denoised `box`: the source's dtype, axes and voxel size, in its own storage units.
 
     Raises InputError if the shard is not made of whole chunks.
@@ -178,8 +204,9 @@ def parallel_volume(source: Volume, group_url: str, box: Box, layout: Layout) ->
     chunk = layout.chunk or _fitted(CHUNK, box.shape, (1, 1, 1))
     shard = layout.shard or _fitted(SHARD, box.shape, chunk)
     for size, unit, axis in zip(shard, chunk, "zyx", strict=True):
-        if size < 1 or unit < 1 or size % unit:
-            raise InputError(f"shard {axis}={size} is not a multiple of the chunk's {unit}: use {unit} or {2 * unit}")
+        if size % unit:
+            near = _nearest_multiple(size, unit)
+            raise InputError(f"shard {axis}={size} is not a multiple of the chunk's {unit}; use {axis}={near}")
     origin = tuple(
         start + span.start * size for start, span, size in zip(source.origin, box.spans, source.voxel_size, strict=True)
     )
@@ -205,12 +232,15 @@ def _fitted(wanted: Shape, extent: Shape, unit: Shape) -> Shape:
 
 def _refuse_unaligned(slab: Shape, target: Volume) -> None:
     for size, unit, length, axis in zip(slab, target.write_unit, target.shape, "zyx", strict=True):
-        if size < 1 or (size % unit and size < length):
-            near = max(unit, round(size / unit) * unit)
+        if size % unit and size < length:
             raise InputError(
-                f"slab {axis}={size} is not a multiple of the target's write unit {unit}: two tasks would share a "
-                f"shard; use {axis}={near}"
+                f"slab {axis}={size} is not a multiple of the target's write unit {unit}: two tasks would write into "
+                f"one; use {axis}={_nearest_multiple(size, unit)}"
             )
+
+
+def _nearest_multiple(size: int, unit: int) -> int:
+    return max(unit, round(size / unit) * unit)
 
 
 def _refuse_overlap(source_url: str, group_url: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import distributed
 
@@ -22,11 +22,10 @@ from nrrn_pipeline.errors import GO_ON, InputError, NrrnError, RunError
 from nrrn_pipeline.ledger import Ledger, Record
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.slab import SlabTask, denoise_slab
-from nrrn_pipeline.statistics import SliceStatistics, measure_box, merge_boxes, statistics_boxes
-from nrrn_pipeline.volume import create_volume, get_provenance, is_zarr, set_provenance
+from nrrn_pipeline.statistics import MeasuredBox, SliceStatistics, measure_box, merge_boxes, statistics_boxes
+from nrrn_pipeline.volume import Volume, create_volume, get_provenance, is_zarr, set_provenance
 
 ATTEMPTS = 3  # of one item before it is set aside
-WINDOW = 1  # items with the scheduler a thread: one that waits behind another is suspected when that kills its worker
 _PERMANENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -86,7 +85,7 @@ class DaskRunner:
         finished, resources = distributed.as_completed(), self._resources()
         try:
             while True:
-                while len(running) < self._window() and (entry := again.pop() if again else next(waiting, None)):
+                while len(running) < self._at_once() and (entry := again.pop() if again else next(waiting, None)):
                     future = self.client.submit(task, entry[0], pure=False, resources=resources)
                     running[future] = entry
                     finished.add(future)
@@ -108,8 +107,9 @@ class DaskRunner:
         finally:
             self.client.cancel(list(running))
 
-    def _window(self) -> int:
-        return WINDOW * max(1, sum(self.client.nthreads().values()))
+    def _at_once(self) -> int:
+        """One item a thread: one that waits behind another is suspected too when that kills their worker."""
+        return max(1, sum(int(threads) for threads in self.client.nthreads().values()))
 
     def _resources(self) -> dict[str, int] | None:
         """One GPU a task, on a cluster whose workers declare GPUs."""
@@ -130,8 +130,11 @@ def run_plan(plan: DenoisePlan, runner: Runner, device: str = "auto", overwrite:
         statistics = yield from _measure(plan, runner)
     _claim_output(plan, statistics, overwrite)
     create_volume(plan.target, _provenance(plan))
-    used = statistics.pooled() if plan.statistics == "volume" else statistics
-    yield from _slabs(plan, used, runner, device)
+    used = statistics.pooled() if plan.method.statistics == "volume" else statistics
+    try:
+        yield from _slabs(plan, used, runner, device)
+    except InputError as error:  # of a worker: weights or device are not the planned ones there
+        raise RunError(f"{error}. Mend this; {GO_ON}") from error
     provenance = get_provenance(plan.group_url) or {}
     if provenance.get("state") != "complete":
         set_provenance(plan.group_url, provenance | {"state": "complete", "completed": _now()})
@@ -182,11 +185,19 @@ def _measure(plan: DenoisePlan, runner: Runner) -> Generator[Progress, None, Sli
     parts = []
     yield Progress("statistics", 0, len(boxes))
     for outcome in runner(partial(measure_box, plan.source), boxes):
-        if outcome.error is not None:
-            raise RunError(f"the source cannot be read: {_line(outcome.error)}") from outcome.error
-        parts.append(outcome.result)
+        parts.append(measured(plan.source, outcome))
         yield Progress("statistics", len(parts), len(boxes))
     return merge_boxes(parts)
+
+
+def measured(source: Volume, outcome: Outcome) -> MeasuredBox:
+    """What measure_box gave for one box. Raises RunError, with the place, if it failed on every attempt."""
+    if outcome.error is None:
+        return cast("MeasuredBox", outcome.result)
+    raise RunError(
+        f"{source.url} cannot be read at voxels {outcome.item}: {_line(outcome.error)}. Repair it there, or leave that "
+        "part out with --roi"
+    ) from outcome.error
 
 
 def _slabs(plan: DenoisePlan, statistics: SliceStatistics, runner: Runner, device: str) -> Iterator[Progress]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter, time
 from typing import Any
 
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 
 from nrrn_pipeline.errors import RunError
 from nrrn_pipeline.geometry import Span
-from nrrn_pipeline.ledger import Ledger, Record, peak_memory_bytes
+from nrrn_pipeline.ledger import Ledger, Record
 from nrrn_pipeline.network import Network, load_network
 from nrrn_pipeline.planning import DenoisePlan, Slab
 from nrrn_pipeline.statistics import SliceStatistics
@@ -36,13 +38,14 @@ class SlabTask:
 def denoise_slab(plan: DenoisePlan, device: str, task: SlabTask) -> Record:
     """Denoise one slab from storage to storage, then record it; safe to do twice, anywhere, in any order.
 
-    Raises RunError if the network gives numbers that are not finite, and whatever storage raises.
+    Raises InputError if the weights or the device are not the planned ones here, RunError if the network gives numbers
+    that are not finite, and whatever storage raises.
     """
     started = perf_counter()
     weights, slab = plan.weights, task.slab
-    network = load_network(weights.path, weights.sha256, device, plan.images)
+    network = load_network(weights.path, weights.sha256, device, plan.method.images)
     noisy = read_box(plan.source, slab.read)
-    denoised = denoise_voxels(noisy, task, network, (plan.tile, plan.halo))
+    denoised = denoise_voxels(noisy, task, network, plan.tile, plan.halo)
     write_box(plan.target, plan.target_box(slab), denoised)
     record = Record(
         key=slab.key,
@@ -56,45 +59,45 @@ def denoise_slab(plan: DenoisePlan, device: str, task: SlabTask) -> Record:
     return record
 
 
-def denoise_voxels(noisy: NDArray[Any], task: SlabTask, network: Network, tiling: tuple[int, int]) -> NDArray[Any]:
+def denoise_voxels(noisy: NDArray[Any], task: SlabTask, network: Network, tile: int, halo: int) -> NDArray[Any]:
     """The noisy voxels of `slab.read` -> the denoised voxels of `slab.keep`, in the same dtype.
 
-    `tiling`: tile and halo in voxels. A blank slice passes through unchanged.
+    A blank slice passes through unchanged. Raises RunError if the network gives numbers that are not finite.
     """
     slab, statistics = task.slab, task.statistics
     denoised = noisy[slab.keep.within(slab.read)].copy()
-    for stack_z in stacks_of(slab.keep.z, _in_use(statistics)):
+    for stack_z in stacks_of(slab.keep.z, _not_blank(statistics)):
         rows = [z - slab.read.z.start for z in stack_z]
         mean, std = (np.array(values, np.float32)[rows, None, None] for values in (statistics.mean, statistics.std))
         first, last = stack_z[1] - slab.keep.z.start, stack_z[-2] - slab.keep.z.start
-        for y, x in slab.tiles(*tiling):
-            tile = noisy[:, y.read.within(slab.read.y), x.read.within(slab.read.x)][rows]
-            estimate = network((tile - mean) / std)[:, y.crop, x.crop] * std[1:-1] + mean[1:-1]
+        for y, x in slab.tiles(tile, halo):
+            stack = noisy[:, y.read.within(slab.read.y), x.read.within(slab.read.x)][rows]
+            estimate = network((stack - mean) / std)[:, y.crop, x.crop] * std[1:-1] + mean[1:-1]
             place = slice(first, last + 1), y.keep.within(slab.keep.y), x.keep.within(slab.keep.x)
             denoised[place] = _as_dtype(estimate, noisy.dtype)
     return denoised
 
 
-def stacks_of(keep: Span, in_use: set[int]) -> Iterator[list[int]]:
-    """The slices of `keep` that are `in_use`, in stacks of consecutive ones between their two outer neighbours.
+def stacks_of(keep: Span, not_blank: set[int]) -> Iterator[list[int]]:
+    """The slices of `keep` that are `not_blank`, in stacks of consecutive ones between their two outer neighbours.
 
     Where a neighbour is missing, at the volume's end or because it is blank, the existing one takes its place; a
     slice without any is its own neighbour.
     """
 
     def neighbour(z: int, step: int) -> int:
-        return next((near for near in (z + step, z - step) if near in in_use), z)
+        return next((near for near in (z + step, z - step) if near in not_blank), z)
 
     run: list[int] = []
     for z in range(keep.start, keep.stop + 1):
-        if z < keep.stop and z in in_use:
+        if z < keep.stop and z in not_blank:
             run.append(z)
         elif run:
             yield [neighbour(run[0], -1), *run, neighbour(run[-1], +1)]
             run = []
 
 
-def _in_use(statistics: SliceStatistics) -> set[int]:
+def _not_blank(statistics: SliceStatistics) -> set[int]:
     return {z for z, std in enumerate(statistics.std, start=statistics.first_z) if std > 0}
 
 
@@ -106,3 +109,18 @@ def _as_dtype(estimate: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[An
         return estimate
     limits = np.iinfo(dtype)
     return np.clip(np.rint(estimate), limits.min, limits.max).astype(dtype)
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held at any time.
+
+    On Linux from its own status file: getrusage also counts what the parent held before it started this process.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource  # not on every system, and needed on those without /proc only
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -7,7 +7,7 @@ depend on which worker was first.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Self
 
@@ -34,6 +34,9 @@ class Moments:
         apart = other.mean - self.mean
         mean = self.mean + apart * other.count / count
         return Moments(count, mean, self.squares + other.squares + apart**2 * self.count * other.count / count)
+
+
+MeasuredBox = tuple[Box, tuple[Moments, ...]]  # a box, and the moments of each slice's part in it
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class SliceStatistics:
 
 
 def statistics_boxes(volume: Volume, z: Span) -> tuple[Box, ...]:
-    """Boxes of whole chunks that cover the slices `z`, each small enough for one task."""
+    """Boxes of whole write units that cover the slices `z`, of at most MAX_VOXELS unless one unit is larger."""
     step = list(volume.write_unit)
     for axis in (2, 1):  # whole rows, then whole slices, as far as memory allows
         while step[axis] < volume.shape[axis] and 2 * int(np.prod(step)) <= MAX_VOXELS:
@@ -83,7 +86,7 @@ def statistics_boxes(volume: Volume, z: Span) -> tuple[Box, ...]:
     return tuple(Box(box.z.grown(0, z), box.y, box.x) for box in boxes_of(whole, steps))
 
 
-def measure_box(volume: Volume, box: Box) -> tuple[Box, tuple[Moments, ...]]:
+def measure_box(volume: Volume, box: Box) -> MeasuredBox:
     """The moments of each slice's part in the box.
 
     Raises InputError if a voxel is not a finite number.
@@ -102,7 +105,7 @@ def measure_box(volume: Volume, box: Box) -> tuple[Box, tuple[Moments, ...]]:
     return box, tuple(moments)
 
 
-def merge_boxes(parts: Iterable[tuple[Box, Sequence[Moments]]]) -> SliceStatistics:
+def merge_boxes(parts: Iterable[MeasuredBox]) -> SliceStatistics:
     """The statistics of all slices that the measured boxes cover."""
     slices: dict[int, Moments] = {}
     for box, moments in sorted(parts, key=lambda part: part[0]):

@@ -21,7 +21,6 @@ def absolute(url: str | os.PathLike[str]) -> str:
 
 def write_file(url: str, data: bytes) -> None:
     """Write a whole file; nobody ever sees a part of it."""
-    url = absolute(url)
     files, path = _resolve(url)
     if "://" in url:
         files.pipe_file(path, data)  # an object appears whole or not at all

@@ -46,9 +46,14 @@ class Volume:
     level_path: str = ""
 
     @property
-    def image_url(self) -> str:
+    def group_url(self) -> str:
         """The OME-Zarr group that the array is a level of; a bare array's own URL."""
         return self.url.removesuffix(f"/{self.level_path}") if self.level_path else self.url
+
+    @property
+    def lead_axes(self) -> int:
+        """How many single t and c axes stand before z, y, x in storage."""
+        return len(self.axes) - 3
 
     @property
     def box(self) -> Box:
@@ -66,18 +71,21 @@ class Volume:
         return self.voxel_size if self.in_nm else None
 
     def to_xarray(self) -> xarray.DataArray:
-        """A lazy (z, y, x) DataArray in the array's own chunks, with coordinates of the voxels' centres in nm."""
+        """A lazy (z, y, x) DataArray in the array's own chunks, with coordinates of the voxels' centres.
+
+        They are in nm if `in_nm`, else in the file's own numbers; their attribute `units` says which.
+        """
         import dask.array
         import xarray
 
-        lead = (0,) * (len(self.axes) - 3)
+        lead = (0,) * self.lead_axes
         lazy = dask.array.from_zarr(_open_array(self.url, "r"))[lead]
         unit = {"units": "nm" if self.in_nm else "unknown"}
         coordinates = {
             axis: (axis, origin + size * np.arange(length), unit)
             for axis, length, size, origin in zip("zyx", self.shape, self.voxel_size, self.origin, strict=True)
         }
-        return xarray.DataArray(lazy, coords=coordinates, dims=("z", "y", "x"), name=os.path.basename(self.url))
+        return xarray.DataArray(lazy, coords=coordinates, dims=("z", "y", "x"), name=os.path.basename(self.group_url))
 
 
 def open_volume(url: str | os.PathLike[str], level: int = 0) -> Volume:
@@ -133,7 +141,8 @@ def write_box(volume: Volume, box: Box, voxels: NDArray[Any]) -> None:
             raise ValueError(f"box {box} is not made of whole write units {volume.write_unit} of {volume.shape}")
     if voxels.shape != box.shape or voxels.dtype != volume.dtype:
         raise ValueError(f"{voxels.dtype} voxels {voxels.shape} do not fit box {box} of {volume.dtype}")
-    lead = (1,) * (len(volume.axes) - 3)
+    lead = (1,) * volume.lead_axes
+    # an absent chunk must mean "not written", never "black"
     array = _open_array(volume.url, "r+").with_config({"write_empty_chunks": True})
     array[_full_selection(volume, box)] = voxels.reshape(lead + voxels.shape)
 
@@ -143,9 +152,9 @@ def create_volume(volume: Volume, provenance: dict[str, Any]) -> None:
 
     Raises InputError if what exists is not what `volume` describes.
     """
-    group_url, path = volume.image_url, volume.level_path
+    group_url, path = volume.group_url, volume.level_path
     level = ome.Level(path, volume.axes, volume.voxel_size, volume.origin, volume.in_nm)
-    lead = (1,) * (len(volume.axes) - 3)
+    lead = (1,) * volume.lead_axes
     name = os.path.basename(group_url)
     attributes: dict[str, Any] = {"ome": ome.image_attributes(name, level), "nrrn": provenance}
     group = zarr.open_group(_store(group_url), mode="a", zarr_format=3, attributes=attributes)
@@ -195,7 +204,7 @@ def missing_chunks(volume: Volume, unit: Box) -> list[str]:
     """
     array = _open_array(volume.url, "r")
     place = tuple(span.start // size for span, size in zip(unit.spans, volume.write_unit, strict=True))
-    key = array.metadata.encode_chunk_key((0,) * (len(volume.axes) - 3) + place)
+    key = array.metadata.encode_chunk_key((0,) * volume.lead_axes + place)
     grid = [size // chunk for size, chunk in zip(volume.write_unit, volume.chunk, strict=True)]
     index_bytes = 16 * int(np.prod(grid)) + 4
     stored = storage.read_file(f"{volume.url}/{key}", last=index_bytes)
@@ -208,21 +217,19 @@ def missing_chunks(volume: Volume, unit: Box) -> list[str]:
         raise ValueError(f"its shard of {len(stored)} bytes is shorter than a shard's index of {index_bytes}")
     index = np.frombuffer(stored[:-4], "<u8").reshape(*grid, 2)
     absent = np.iinfo(np.uint64).max
-    return [
-        str(chunk)
-        for chunk in chunks
-        if index[
-            tuple((c.start - u.start) // n for c, u, n in zip(chunk.spans, unit.spans, volume.chunk, strict=True))
-        ][0]
-        == absent
-    ]
+
+    def entry(chunk: Box) -> tuple[int, ...]:
+        spans = zip(chunk.spans, unit.spans, volume.chunk, strict=True)
+        return tuple((inner.start - outer.start) // size for inner, outer, size in spans)
+
+    return [str(chunk) for chunk in chunks if index[entry(chunk)][0] == absent]
 
 
-class _Unread(WrapperStore[Any]):
-    """A store whose chunks look absent.
+class _ChunksLookAbsent(WrapperStore[Any]):
+    """A store that is written to and shows no chunk.
 
-    zarr reads a shard back before it replaces one that the volume's end clips: a shard torn by a killed worker
-    would fail every retry. A task here owns whole write units, so there is never anything to keep.
+    zarr 3.1 reads every shard back before it writes it, whole or not (`ShardingCodec._encode_partial_single`); one torn
+    by a killed worker would fail every retry. A task owns whole write units: there is never anything to keep.
     """
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: Any = None) -> Buffer | None:
@@ -240,7 +247,7 @@ def _store(url: str, read_only: bool = False) -> LocalStore | FsspecStore:
 def _open_array(url: str, mode: str) -> Any:
     if mode == "r":
         return zarr.open_array(_store(url, read_only=True), mode="r")
-    return zarr.open_array(_Unread(_store(url)), mode="r+")
+    return zarr.open_array(_ChunksLookAbsent(_store(url)), mode="r+")
 
 
 def _open_node(url: str) -> Any:
@@ -251,6 +258,7 @@ def _open_node(url: str) -> Any:
         return zarr.open(_store(url, read_only=True), mode="r")
     except (FileNotFoundError, NotADirectoryError, ArrayNotFoundError, GroupNotFoundError, NodeTypeValidationError):
         raise InputError(f"{url} is not a Zarr volume: expected a Zarr array or an OME-Zarr group") from None
+    # zarr raises any of these for malformed metadata
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise InputError(f"{url} is a damaged Zarr: its metadata cannot be read ({error})") from error
 
@@ -288,5 +296,5 @@ def _last3(values: tuple[int, ...]) -> Shape:
 
 
 def _full_selection(volume: Volume, box: Box) -> tuple[slice, ...]:
-    lead = (slice(0, 1),) * (len(volume.axes) - 3)
+    lead = (slice(0, 1),) * volume.lead_axes
     return lead + box.within(volume.box)

@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 
 from nrrn_pipeline.network import NRRN, save_weights
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-
 
 def tiny_network(units: int = 1, channels: int = 4, seed: int = 0, gain: float = 1.0) -> NRRN:
     """A network with random weights, all scaled by `gain` so that tests can make it more sensitive."""

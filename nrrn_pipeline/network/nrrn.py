@@ -36,7 +36,13 @@ def noise_attention(h: Tensor) -> Tensor:
 
 
 class BuildingUnit(nn.Module):
-    """Update gate, reset gate and synthesizer of one unit; the convolutions of all three stand side by side."""
+    """Update gate, reset gate and synthesizer of one unit; the convolutions of all three stand side by side.
+
+        u = sigmoid(Wu * h_c + Vu * h_n)        r = sigmoid(Wr * h_c + Vr * h_n)
+        c = tanh(Wc * h_c + r o (Vc * h_n))     next h_c = u o h_n + (1 - u) o c
+
+    The paper's eq. 1 exchanges u and 1 - u; the authors' tool does it so, and its checkpoints load here.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -50,7 +56,7 @@ class BuildingUnit(nn.Module):
         update = torch.sigmoid(w_update + v_update)
         reset = torch.sigmoid(w_reset + v_reset)
         candidate = torch.tanh(w_candidate + reset * v_candidate)
-        return torch.lerp(candidate, h_n, update)  # update o h_n + (1 - update) o candidate
+        return torch.lerp(candidate, h_n, update)
 
 
 class NRRN(nn.Module):
@@ -59,16 +65,16 @@ class NRRN(nn.Module):
     def __init__(self, units: int = 4, channels: int = 64) -> None:
         super().__init__()
         self.channels = channels
-        self.image = conv3x3(1, channels)  # W0
-        self.neighbour = conv3x3(channels, channels)  # W1
+        self.first = conv3x3(1, channels)  # W0
+        self.advance = conv3x3(channels, channels)  # W1
         self.units = nn.ModuleList(BuildingUnit(channels) for _ in range(units))
         self.last = conv3x3(channels, channels)  # W2, left as the framework initialises it
         self._initialise()
 
     @property
     def reach(self) -> int:
-        """Radius in y and x of the voxels that one output voxel depends on: L+3 through the neighbour slices."""
-        return len(self.units) + 3
+        """Radius in y and x of the voxels that one output voxel depends on."""
+        return reach_of(len(self.units))
 
     def forward(self, neighbour: Tensor, centre: Tensor, estimates: bool = False) -> Tensor:
         """One branch: (n, 1, y, x) neighbour and centre -> (n, 1, y, x) estimate of the clean centre.
@@ -102,15 +108,15 @@ class NRRN(nn.Module):
 
     def _neighbour_states(self, neighbour: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """For every unit h_n (n, C, y, x) and V * h_n (n, 3C, y, x): all that a branch needs of its neighbour."""
-        h_n = torch.relu(self.image(neighbour))
+        h_n = torch.relu(self.first(neighbour))
         for unit in self.units:
-            h_n = torch.tanh(self.neighbour(h_n))
+            h_n = torch.tanh(self.advance(h_n))
             yield h_n, cast("BuildingUnit", unit).neighbour(h_n)
 
     def _estimates(self, centre: Tensor, states: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
         """The branch's estimate (n, 1, y, x) after every unit, then the final one; one centre serves n neighbours."""
         x = centre
-        h_c = torch.relu(self.image(centre))
+        h_c = torch.relu(self.first(centre))
         for unit, (h_n, v) in zip(self.units, states, strict=True):
             h_c = unit(h_c, h_n, v)
             x = x + noise_attention(h_c)
@@ -123,8 +129,8 @@ class NRRN(nn.Module):
         """Orthogonal weights, scaled by the gain of the nonlinearity that follows."""
         gain = nn.init.calculate_gain
         gates: tuple[Literal["sigmoid", "tanh"], ...] = ("sigmoid", "sigmoid", "tanh")
-        nn.init.orthogonal_(self.image.weight, gain("relu"))
-        nn.init.orthogonal_(self.neighbour.weight, gain("tanh"))
+        nn.init.orthogonal_(self.first.weight, gain("relu"))
+        nn.init.orthogonal_(self.advance.weight, gain("tanh"))
         edges = [0, self.channels, 2 * self.channels, 3 * self.channels]
         for unit in self.units:
             for layer in unit.children():
@@ -132,9 +138,15 @@ class NRRN(nn.Module):
                     nn.init.orthogonal_(cast("nn.Conv2d", layer).weight[start:stop], gain(name))
 
 
+def reach_of(units: int) -> int:
+    """Radius in y and x of what one output voxel depends on: L+3 in the neighbour slices, L+2 in the centre."""
+    return units + 3
+
+
 def flop_per_voxel(units: int, channels: int, images: int = 3) -> int:
     """Floating-point operations of `denoise` for one voxel: its convolutions, a multiply-add counted as two."""
-    inner = 10 * units - 1 if images == 3 else 7 * units + 1  # C -> C
+    # C -> C, three images: W1 L, V 3L, W 3 (at l = 0 both branches share it) + 6 (L - 1), W2 2; else L + 3L + 3L + 1
+    inner = 10 * units - 1 if images == 3 else 7 * units + 1
     outer = 2  # 1 -> C: each slice once as a neighbour, once as a centre
     return 2 * 9 * (inner * channels**2 + outer * channels)
 

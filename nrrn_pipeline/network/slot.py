@@ -50,10 +50,15 @@ class TorchNetwork:
         return estimate.cpu().numpy()
 
 
-def choose_device(name: str) -> torch.device:
-    """`auto` (the GPU if there is one), `cpu` or `cuda`. Raises InputError if there is no such device here."""
+def refuse_unknown_device(name: str) -> None:
+    """Raises InputError for a device that no machine has."""
     if name not in DEVICES:
         raise InputError(f"device {name!r} is unknown: use {', '.join(DEVICES)}")
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` (the GPU if there is one), `cpu` or `cuda`. Raises InputError if there is no such device here."""
+    refuse_unknown_device(name)
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda was asked for, but torch sees no GPU here: use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")

@@ -1,6 +1,7 @@
 """Trained networks on disk: safetensors, with the configuration and the training record in the file's metadata.
 
-Nothing here unpickles: a weights file can come from anybody.
+No file can run code here, so a weights file may come from anybody: safetensors holds none, and vEMden's pickled
+checkpoints go through torch's restricted reader.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from nrrn_pipeline.errors import InputError
@@ -23,7 +24,7 @@ from nrrn_pipeline.network.nrrn import NRRN
 FORMAT = "nrrn-1"
 
 # vEMden's layer name -> ours, with the gate's place among the three that stand side by side in one layer
-_VEMDEN_OUTER = {"conv1": "image", "conv3": "neighbour", "conv2": "last"}
+_VEMDEN_OUTER = {"conv1": "first", "conv3": "advance", "conv2": "last"}
 _VEMDEN_GATES = {
     "Gate_update_b": ("centre", 0),
     "Gate_reset_b": ("centre", 1),
@@ -68,8 +69,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 def load_weights(path: str | os.PathLike[str]) -> NRRN:
     """The trained network, on the CPU. Raises InputError as read_header does, or if tensors do not fit."""
     header = read_header(path)
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    tensors = load(Path(path).read_bytes())  # not mapped: a file that is replaced would end the process with SIGBUS
     return _network(header["units"], header["channels"], tensors, path)
 
 
@@ -102,7 +102,7 @@ def import_vemden(path: str | os.PathLike[str]) -> NRRN:
     units = len({name.split(".")[1] for name in state if name.startswith("BU.")})
     try:
         ours = _from_vemden(state, units)
-        channels = ours["image.bias"].numel()
+        channels = ours["first.bias"].numel()
     except KeyError as error:
         raise InputError(f"{path} is not a vEMden checkpoint: it lacks the layer {error}") from error
     except RuntimeError as error:
@@ -133,5 +133,5 @@ def _network(units: int, channels: int, tensors: dict[str, Tensor], path: str | 
         network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
-        raise InputError(f"{path} does not fit an NRRN of {units} units, {channels} channels: {first}") from error
+        raise InputError(f"{path} does not fit an NRRN with units {units}, channels {channels}: {first}") from error
     return network.eval().requires_grad_(False)

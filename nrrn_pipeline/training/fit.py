@@ -12,7 +12,7 @@ from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.network import NRRN, choose_device
 from nrrn_pipeline.training.loss import adjacent_slices_loss
 
-Watch = Callable[[int, float], None]  # step, its loss
+OnStep = Callable[[int, float], None]  # is told each step and its loss
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TrainSettings:
             raise InputError(f"learning rate {self.learning_rate} is not possible: use more than 0 and at most 1")
 
 
-def fit(batches: Iterator[Tensor], settings: TrainSettings, watch: Watch) -> NRRN:
+def fit(batches: Iterator[Tensor], settings: TrainSettings, on_step: OnStep) -> NRRN:
     """A network trained with eq. 3 on (n, 3, y, x) normalised triplets; same seed and batches, same weights.
 
     Raises RunError if the loss is no finite number any more.
@@ -65,7 +65,7 @@ def fit(batches: Iterator[Tensor], settings: TrainSettings, watch: Watch) -> NRR
         rate.step()
         if not torch.isfinite(loss):
             raise RunError(f"training failed at step {step}: the loss is {loss.item()}; use a lower --learning-rate")
-        watch(step, loss.item())
+        on_step(step, loss.item())
     if not all(torch.isfinite(parameter).all() for parameter in network.parameters()):
         raise RunError("training failed at its last step: weights are not finite; use a lower --learning-rate")
     return network.eval().requires_grad_(False)

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nrrn_pipeline.errors import InputError, RunError
+from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Span
-from nrrn_pipeline.run import run_serially
+from nrrn_pipeline.run import measured, run_serially
 from nrrn_pipeline.statistics import SliceStatistics, measure_box, merge_boxes, statistics_boxes
 from nrrn_pipeline.training.fit import TrainSettings
 from nrrn_pipeline.volume import Volume, read_box
@@ -54,12 +54,8 @@ def training_runs(volume: Volume) -> list[Span]:
 
 
 def _measured(volume: Volume, run: Span) -> SliceStatistics:
-    parts = []
-    for outcome in run_serially(partial(measure_box, volume), statistics_boxes(volume, run)):
-        if outcome.error is not None:
-            raise RunError(f"{volume.url} cannot be read: {outcome.error}") from outcome.error
-        parts.append(outcome.result)
-    return merge_boxes(parts)
+    outcomes = run_serially(partial(measure_box, volume), statistics_boxes(volume, run))
+    return merge_boxes(measured(volume, outcome) for outcome in outcomes)
 
 
 def _centres(run: SliceStatistics) -> Iterator[int]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zarr
 
-from nrrn_pipeline import Layout, Options, denoise
+from nrrn_pipeline import Layout, Method, Options, denoise
 from nrrn_pipeline.cost import worker_bytes
 from nrrn_pipeline.ledger import Ledger
 from tests.support import tiny_weights
@@ -35,7 +35,7 @@ def planned_and_measured(folder: Path, shape: tuple[int, int, int], options: Opt
 
 @pytest.mark.timeout(900)
 def test_a_volume_of_2_gb_runs_in_the_planned_memory_and_no_more_than_a_small_one(tmp_path: Path) -> None:
-    options = Options(images=1, workers=2, device="cpu")
+    options = Options(method=Method(images=1), workers=2, device="cpu")
     large, small = (128, 2048, 2048), (64, 512, 2048)
     assert 4 * np.prod(large) > 2 * GB
     results = []
@@ -56,7 +56,7 @@ def test_networks_of_many_maps_stay_within_the_plan(
 ) -> None:
     noise_volume(tmp_path / "in.zarr", (3, tile, tile))
     tiny_weights(tmp_path / "w.safetensors", units, channels)
-    options = Options(layout=Layout(tile=tile), images=images, workers=1, device="cpu")
+    options = Options(layout=Layout(tile=tile), method=Method(images=images), workers=1, device="cpu")
     summary = denoise(tmp_path / "in.zarr", tmp_path / "out.zarr", tmp_path / "w.safetensors", options)
     planned = worker_bytes(summary.plan)
     print(f"planned {planned / 1e6:.0f} MB, peak {summary.peak_memory_bytes / 1e6:.0f} MB")

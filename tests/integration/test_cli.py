@@ -236,9 +236,9 @@ def test_plan_tells_what_a_run_will_take_and_writes_nothing(
     assert told["writes"] == "32.77 KB before compression"
     assert re.fullmatch(r"[\d.e-]+ TFLOP", told["arithmetic"])
     assert re.fullmatch(r"[\d.]+ MB a worker at its peak", told["memory"])
-    assert re.fullmatch(r"\d+ seconds with 1 worker, from one timed tile", told["time"])
+    assert re.fullmatch(r"\d+ seconds of the network with 1 worker, from one timed tile", told["time"])
     assert told["network"] == (
-        "1 units, 4 channels" if with_weights else "4 units, 64 channels: the paper's, as no --weights are given"
+        "1 unit, 4 channels" if with_weights else "4 units, 64 channels: the paper's, as no --weights are given"
     )
     assert _times(denoise.folder) == before
 
@@ -346,7 +346,7 @@ def test_every_damage_is_listed_and_nothing_is_changed_by_looking(denoise: Denoi
 
 def _vemden(network: NRRN) -> dict[str, torch.Tensor]:
     """The network under the names that its authors' tool gives its layers."""
-    names = {"image": "conv1", "neighbour": "conv3", "last": "conv2"}
+    names = {"first": "conv1", "advance": "conv3", "last": "conv2"}
     gates = {"centre": "b", "neighbour": "a"}
     state = {}
     for name, tensor in network.state_dict().items():
@@ -375,7 +375,7 @@ def test_trained_weights_denoise(denoise: Denoise, nrrn: Nrrn) -> None:
     small = ("--units", "1", "--channels", "2", "--steps", "3", "--crop", "16", "--batch", "2")
     said = nrrn("train", denoise.folder / "raw.zarr", "--out", weights, *small)
     assert said.status == 0, said.err
-    assert re.fullmatch(r".*: 1 units, 2 channels, last loss [\d.]+\n", said.out)
+    assert re.fullmatch(r".*: 1 unit, 2 channels, mean loss of the last tenth [\d.]+\n", said.out)
     assert _table(nrrn("info", weights).out)["channels"] == "2"
     said = denoise("--weights", str(weights))
     assert "complete, 1 slab" in said.out

@@ -21,7 +21,7 @@ from nrrn_pipeline import api
 from nrrn_pipeline.cluster import local_client
 from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.planning import DenoisePlan, Layout, plan_denoise
-from nrrn_pipeline.run import ATTEMPTS, WINDOW, DaskRunner, Outcome, Runner, run_plan, run_serially
+from nrrn_pipeline.run import ATTEMPTS, DaskRunner, Outcome, Runner, run_plan, run_serially
 from nrrn_pipeline.slab import SlabTask, denoise_slab
 from nrrn_pipeline.statistics import SliceStatistics
 from nrrn_pipeline.volume import open_volume
@@ -114,7 +114,7 @@ def test_what_no_retry_can_mend_ends_the_run_at_once(
     with pytest.raises(expected, match=message):
         list(runner(partial(attempt, tmp_path, {4: [kind]}), range(1000)))
     assert tries(tmp_path)[4] == 1
-    assert len(tries(tmp_path)) <= 5 + WINDOW * WORKERS
+    assert len(tries(tmp_path)) <= 5 + WORKERS
 
 
 def test_nothing_to_do_is_done_at_once(runner: Runner, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_items_are_taken_only_as_they_are_needed(runner: Runner, tmp_path: Path)
     outcomes = runner(partial(attempt, tmp_path, {}), items)
     for done in range(1, 6):
         next(outcomes)
-        assert len(taken) < done + WINDOW * WORKERS
+        assert len(taken) < done + WORKERS
     outcomes.close()
     assert len(tries(tmp_path)) <= len(taken)
 
@@ -138,7 +138,7 @@ def test_no_more_than_the_window_is_in_flight(client: Client, tmp_path: Path, mo
     table = {item: ["fail", "ok"] for item in range(0, 30, 4)}
     assert len(list(DaskRunner(client)(partial(attempt, tmp_path, table), range(30)))) == 30
     assert len(seen) == 30 + len(table)
-    assert max(in_flight) == WINDOW * WORKERS
+    assert max(in_flight) == WORKERS
 
 
 def test_what_is_in_flight_is_cancelled_when_the_caller_stops(client: Client) -> None:
@@ -217,7 +217,7 @@ def test_weights_that_change_on_the_way_are_refused(
 ) -> None:
     plan = _plan(prepared, tmp_path / "out.zarr")
     tiny_weights(prepared[1], seed=5)
-    with pytest.raises(InputError, match="the run was planned with"):
+    with pytest.raises(RunError, match="the run was planned with"):
         list(run_plan(plan, DaskRunner(client), "cpu"))
 
 

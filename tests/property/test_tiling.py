@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nrrn_pipeline.geometry import Box, Span
 from nrrn_pipeline.network import in_slot, weights_hash
-from nrrn_pipeline.planning import DenoisePlan, Layout, Weights, plan_denoise
+from nrrn_pipeline.planning import DenoisePlan, Layout, Method, Weights, plan_denoise
 from nrrn_pipeline.run import run_plan, run_serially
 from nrrn_pipeline.slab import SlabTask, denoise_voxels
 from nrrn_pipeline.statistics import measure_box, merge_boxes
@@ -25,9 +25,7 @@ LENGTHS = st.sampled_from([1, 7, 31, 64, 255, 256, 257])
 def planned(folder: Path, layout: Layout, images: int = 3, roi: Box | None = None) -> DenoisePlan:
     path = folder / "w.safetensors"
     weights = Weights(str(path), weights_hash(path), 1, 4)
-    return plan_denoise(
-        open_volume(folder / "in.zarr"), str(folder / "out.zarr"), weights, layout, roi, (images, "slice")
-    )
+    return plan_denoise(open_volume(folder / "in.zarr"), str(folder / "out.zarr"), weights, layout, roi, Method(images))
 
 
 @st.composite
@@ -91,7 +89,7 @@ def stitched(halo: int, folder: Path) -> np.ndarray:
     plan = plan_denoise(source, str(folder / "out.zarr"), Weights("", "", 1, 4), Layout(slab=source.shape))
     (slab,) = plan.slabs
     return denoise_voxels(
-        read_box(source, source.box), SlabTask(slab, statistics), in_slot(network, "cpu", 3), (40, halo)
+        read_box(source, source.box), SlabTask(slab, statistics), in_slot(network, "cpu", 3), 40, halo
     )
 
 

@@ -74,3 +74,15 @@ def test_boxes_cover_every_voxel_once(shape: tuple[int, ...], step: tuple[int, .
 def test_a_halo_stops_at_the_bounds() -> None:
     assert Span(2, 8).grown(3, Span(0, 10)) == Span(0, 10)
     assert Span(4, 5).grown(3, Span(0, 10)) == Span(1, 8)
+
+
+def test_a_box_reads_back_from_its_text() -> None:
+    box = Box(Span(0, 8), Span(5, 512), Span(7, 9))
+    assert str(box) == "0:8,5:512,7:9"
+    assert Box.parse(str(box)) == box
+
+
+@pytest.mark.parametrize("text", ["", "0:8", "0:8,0:9", "0:8,0:9,0:9,0:9", "a:8,0:9,0:9", "0:8:2,0:9,0:9", "8,9,9"])
+def test_other_text_is_no_box(text: str) -> None:
+    with pytest.raises(ValueError, match=r"unpack|invalid literal|does not give"):
+        Box.parse(text)

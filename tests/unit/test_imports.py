@@ -47,17 +47,30 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 def test_the_public_names_are_these() -> None:
     assert nrrn_pipeline.__all__ == [
+        "Box",
         "InputError",
         "Layout",
+        "Method",
         "NrrnError",
         "Options",
         "RunError",
+        "RunWatch",
         "TrainSettings",
         "denoise",
+        "import_weights",
         "open_volume",
         "plan",
         "train",
+        "verify",
     ]
+    assert dir(nrrn_pipeline) == nrrn_pipeline.__all__
+
+
+def test_functions_are_not_replaced_by_modules_of_their_name() -> None:
+    import nrrn_pipeline.cli
+
+    assert all(callable(getattr(nrrn_pipeline, name)) for name in nrrn_pipeline.__all__)
+    assert nrrn_pipeline.cli.app
 
 
 @pytest.mark.parametrize("name", nrrn_pipeline.__all__)

@@ -11,8 +11,9 @@ import pytest
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.ledger import Ledger, Record, peak_memory_bytes
+from nrrn_pipeline.ledger import Ledger, Record
 from nrrn_pipeline.planning import DenoisePlan, Weights, plan_denoise
+from nrrn_pipeline.slab import peak_memory_bytes
 from nrrn_pipeline.statistics import SliceStatistics
 from nrrn_pipeline.volume import Volume
 

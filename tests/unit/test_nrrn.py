@@ -36,11 +36,11 @@ def numpy_branch(network: NRRN, neighbour: Array, centre: Array) -> list[Array]:
         return h[0] * sigmoid(h.max(axis=0))
 
     update, reset, candidate = (slice(i * network.channels, (i + 1) * network.channels) for i in range(3))
-    h_n = relu(numpy_convolution(network.image, neighbour[None]))
-    h_c = relu(numpy_convolution(network.image, centre[None]))
+    h_n = relu(numpy_convolution(network.first, neighbour[None]))
+    h_c = relu(numpy_convolution(network.first, centre[None]))
     x, estimates = centre, []
     for unit in network.units:
-        h_n = np.tanh(numpy_convolution(network.neighbour, h_n))
+        h_n = np.tanh(numpy_convolution(network.advance, h_n))
         u = sigmoid(numpy_convolution(unit.centre, h_c, update) + numpy_convolution(unit.neighbour, h_n, update))
         r = sigmoid(numpy_convolution(unit.centre, h_c, reset) + numpy_convolution(unit.neighbour, h_n, reset))
         c = np.tanh(

@@ -17,7 +17,7 @@ from nrrn_pipeline.cost import cost_of, fetched_voxels
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Shape, Span, box_of
 from nrrn_pipeline.network import flop_per_voxel
-from nrrn_pipeline.planning import CHUNK, SHARD, DenoisePlan, Layout, Weights, plan_denoise
+from nrrn_pipeline.planning import CHUNK, SHARD, DenoisePlan, Layout, Method, Weights, plan_denoise
 from nrrn_pipeline.statistics import statistics_boxes
 from nrrn_pipeline.volume import Volume
 from tests.support import tiny_network
@@ -46,8 +46,8 @@ CHANGED = {
     "chunk": replace(PLAN, target=replace(PLAN.target, chunk=(4, 16, 32))),
     "tile": replace(PLAN, tile=64),
     "halo": replace(PLAN, halo=5),
-    "images": replace(PLAN, images=2),
-    "statistics": replace(PLAN, statistics="volume"),
+    "images": replace(PLAN, method=Method(images=2)),
+    "statistics": replace(PLAN, method=Method(statistics="volume")),
 }
 SAME = {
     "the same again": small_plan(),
@@ -148,7 +148,7 @@ def test_cost_counts_the_voxels_read_and_written(plan: DenoisePlan) -> None:
     assert cost.tasks == len(plan.slabs) + len(measured)
     assert cost.written_bytes == plan.box.size * item
     assert cost.read_bytes == (read + sum(_voxels(plan.source.shape, box) for box in measured)) * item
-    assert cost.amplification == read / plan.box.size
+    assert cost.read_amplification == read / plan.box.size
 
 
 @given(plans())

@@ -337,13 +337,13 @@ def source(tmp_path: Path) -> Path:
 def test_train_writes_the_weights_and_their_record(source: Path, tmp_path: Path) -> None:
     losses: list[float] = []
     target = tmp_path / "a.safetensors"
-    record = api.train(source, target, TINY, watch=lambda step, loss: losses.append(loss))
+    record = api.train(source, target, TINY, on_step=lambda step, loss: losses.append(loss))
     assert read_header(target)["training"] == json.loads(json.dumps(record))
     assert record["source"] == str(source.resolve())
     assert record["shape"] == [6, 16, 16]
     assert record["dtype"] == "uint8"
     assert record["settings"]["steps"] == TINY.steps
-    assert record["last_loss"] == losses[-1]
+    assert record["mean_loss_of_last_tenth"] == losses[-1]
     assert {"python", "nrrn-pipeline", "torch", "numpy"} <= record["versions"].keys()
     expected = fit(triplets(open_volume(source), TINY), TINY, unwatched)
     assert same_weights(load_weights(target), expected)

@@ -107,7 +107,13 @@ def test_weights_laid_out_for_speed_save_like_any_others(tmp_path: Path) -> None
 
 
 def test_the_training_record_is_kept(tmp_path: Path) -> None:
-    record = {"source": "a volume", "last_loss": 0.1, "settings": {"steps": 3}, "voxel_nm": [4.0, 4.0, 8.0], "z": None}
+    record = {
+        "source": "a volume",
+        "mean_loss_of_last_tenth": 0.1,
+        "settings": {"steps": 3},
+        "voxel_nm": [4.0, 4.0, 8.0],
+        "z": None,
+    }
     save_weights(tiny_network(units=2), tmp_path / "a.safetensors", record)
     header = read_header(tmp_path / "a.safetensors")
     assert header == {"format": "nrrn-1", "units": 2, "channels": 4, "training": record}
@@ -224,7 +230,7 @@ def test_a_header_that_does_not_fit_the_tensors_is_refused(tmp_path: Path, chang
     [
         (lambda tensors: tensors.pop("last.bias"), "last.bias"),
         (lambda tensors: tensors.update({"extra.weight": torch.zeros(1)}), "extra.weight"),
-        (lambda tensors: tensors.update({"image.weight": torch.zeros(4, 1, 5, 5)}), "image.weight"),
+        (lambda tensors: tensors.update({"first.weight": torch.zeros(4, 1, 5, 5)}), "first.weight"),
         (lambda tensors: tensors.update({"units.0.centre.bias": torch.zeros(4)}), "units.0.centre.bias"),
     ],
     ids=["missing", "extra", "kernel", "gates"],
@@ -232,7 +238,7 @@ def test_a_header_that_does_not_fit_the_tensors_is_refused(tmp_path: Path, chang
 def test_tampered_tensors_are_refused_by_name(tmp_path: Path, change: Callable[[State], None], named: str) -> None:
     path = tiny_weights(tmp_path / "a.safetensors")
     with_tensors(path, change)
-    with pytest.raises(InputError, match=f"does not fit an NRRN of 1 units, 4 channels: .*{named}"):
+    with pytest.raises(InputError, match=f"does not fit an NRRN with units 1, channels 4: .*{named}"):
         load_weights(path)
 
 
@@ -432,3 +438,11 @@ def test_what_is_no_vemden_checkpoint_is_refused_by_path_and_reason(
     with pytest.raises(InputError, match=words) as refusal:
         import_vemden(path)
     assert str(path) in str(refusal.value)
+
+
+def test_a_loaded_network_outlives_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_weights(tiny_network(channels=16), path, {})
+    network = load_weights(path)
+    path.write_bytes(b"")  # a file that is mapped into memory would end the process here
+    assert torch.isfinite(network.denoise(torch.randn(3, 8, 8))).all()

@@ -30,7 +30,7 @@ def main(source: str, weights: str) -> None:
         volume = Path(folder) / "fib25_z0-195_sigma30_seed25.ome.zarr"
         write_ome_zarr(volume, noisy)
         record = train(
-            volume, weights, SETTINGS, watch=lambda step, loss: step % 100 or print(f"step {step}: loss {loss:.4f}")
+            volume, weights, SETTINGS, on_step=lambda step, loss: step % 100 or print(f"step {step}: loss {loss:.4f}")
         )
     save_weights(load_weights(weights), weights, record | {"source": SOURCE, "note": NOTE})
 
