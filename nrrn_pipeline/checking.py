@@ -9,7 +9,7 @@ from typing import Any
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.geometry import Box, Span, boxes_of
+from nrrn_pipeline.geometry import Box, boxes_of
 from nrrn_pipeline.ledger import Ledger
 from nrrn_pipeline.planning import slab_key
 from nrrn_pipeline.volume import Volume, missing_chunks, open_volume, read_box
@@ -35,22 +35,35 @@ def check(output: str | os.PathLike[str]) -> Iterator[Checked]:
     settings = ledger.settings()
     if settings is None:
         raise InputError(f"{url} was not made by nrrn denoise: there is no ledger to verify it against")
+    try:
+        problems = [*_differences(volume, settings), *_without_record(settings, {r.key for r in ledger.records()})]
+    except (LookupError, ValueError, TypeError) as error:
+        raise InputError(f"{ledger.url}/plan.json is damaged ({type(error).__name__}: {error})") from error
     units = tuple(boxes_of(volume.box, volume.write_unit))
-    recorded = ledger.done()
-    for key in _slab_keys(volume, settings):
-        if key not in recorded:
-            yield Checked(0, len(units), f"slab {key} has no record: it was not denoised")
+    for problem in problems:
+        yield Checked(0, len(units), problem)
     for done, unit in enumerate(units, start=1):
         yield Checked(done, len(units), _problem(volume, unit))
 
 
-def _slab_keys(volume: Volume, settings: dict[str, Any]) -> Iterator[str]:
-    """The keys of all slabs; they name places in the source."""
-    roi = Box.parse(settings["roi"])
+def _differences(volume: Volume, settings: dict[str, Any]) -> Iterator[str]:
+    """What the array's metadata say otherwise than the settings that it was begun with."""
+    facts = {
+        "shape": (list(volume.shape), list(Box.parse(settings["roi"]).shape)),
+        "dtype": (volume.dtype, settings["dtype"]),
+        "chunk": (list(volume.chunk), settings["chunk"]),
+        "shard": (list(volume.write_unit), settings["shard"]),
+    }
+    for name, (found, begun) in facts.items():
+        if found != begun:
+            yield f"{name} of the array is {found}, but it was begun with {begun}: its metadata were changed"
+
+
+def _without_record(settings: dict[str, Any], recorded: set[str]) -> Iterator[str]:
     z, y, x = settings["slab"]
-    for keep in boxes_of(volume.box, (z, y, x)):
-        spans = zip(roi.spans, keep.spans, strict=True)
-        yield slab_key(Box(*(Span(outer.start + own.start, outer.start + own.stop) for outer, own in spans)))
+    for keep in boxes_of(Box.parse(settings["roi"]), (z, y, x)):
+        if slab_key(keep) not in recorded:
+            yield f"slab {slab_key(keep)} has no record: it was not denoised"
 
 
 def _problem(volume: Volume, unit: Box) -> str | None:

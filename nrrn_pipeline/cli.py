@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ app = typer.Typer(
 )
 weights_app = typer.Typer(no_args_is_help=True, help="Weights files.")
 app.add_typer(weights_app, name="weights")
-out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+out, err = (Console(stderr=stderr, soft_wrap=True, markup=False, highlight=False) for stderr in (False, True))
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="Zarr volume: OME-Zarr 0.4 or 0.5, or a bare array.")]
 Output = Annotated[str, typer.Argument(metavar="DST", help="OME-Zarr 0.5 to write.")]
@@ -45,7 +46,12 @@ LevelNumber = Annotated[int, typer.Option("--level", help="Pyramid level of SRC;
 Images = Annotated[int, typer.Option(help="Slices an estimate is made from: 3 (the paper's), 2 or 1.")]
 Stats = Annotated[str, typer.Option(help="Normalise with each slice's own statistics or the volume's: slice, volume.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete what is at DST first.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Delete what is at DST first; an unfinished run with the same settings is resumed."
+    ),
+]
 
 
 @app.command()
@@ -67,7 +73,7 @@ def denoise(  # one parameter an option: that is how the command line is declare
     device: Device = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Denoise SRC into DST. Interrupted? Run the same command again (without --overwrite): it goes on where it was.
+    """Denoise SRC into DST. Interrupted? Run the same command again: it goes on where it was.
 
     Example: nrrn denoise raw.zarr clean.zarr --weights lab.safetensors
     """
@@ -176,9 +182,9 @@ def verify(output: Annotated[str, typer.Argument(metavar="DST", help="An output 
             bar.update(task, completed=checked.done, total=checked.total)
             if checked.problem:
                 wrong += 1
-                out.print(checked.problem, markup=False)
+                out.print(checked.problem)
     if wrong:
-        err.print(f"{output} is not whole: {counted(wrong, 'problem')}", markup=False)
+        err.print(f"{output} is not whole: {counted(wrong, 'problem')}")
         raise typer.Exit(1)
     out.print(f"{output} is whole: every slab is recorded, every chunk is there and decodes")
 
@@ -241,13 +247,16 @@ def import_weights(
 
 def main() -> None:
     """Run the command line; errors that a user can mend are one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show ends no run
     try:
         app()
     except NrrnError as error:
-        err.print(f"nrrn: {error}", markup=False, highlight=False)
+        err.print(f"nrrn: {error}")
         sys.exit(error.exit_status)
     except OSError as error:
-        err.print(f"nrrn: {error}", markup=False, highlight=False)
+        err.print(f"nrrn: {error}")
         sys.exit(1)
 
 
@@ -259,7 +268,7 @@ class _Watch(api.RunWatch):
         self.tasks: dict[str, Any] = {}
 
     def started(self, plan: DenoisePlan, where: str) -> None:
-        err.print(f"{counted(len(plan.slabs), 'slab')} on {where}", markup=False)
+        err.print(f"{counted(len(plan.slabs), 'slab')} on {where}")
         self.bar.start()
 
     def progressed(self, progress: RunProgress) -> None:
@@ -285,7 +294,7 @@ def _bar(when_interrupted: str) -> Iterator[Progress]:
         yield bar
     except KeyboardInterrupt:
         stop()
-        err.print(f"nrrn: interrupted; {when_interrupted}", markup=False)
+        err.print(f"nrrn: interrupted; {when_interrupted}")
         raise
     finally:
         stop()
@@ -294,7 +303,7 @@ def _bar(when_interrupted: str) -> Iterator[Progress]:
 def _print_rows(rows: dict[str, str]) -> None:
     width = max(map(len, rows))
     for name, value in rows.items():
-        out.print(f"{name:{width}}  {value}", markup=False, highlight=False)  # never cut: scripts read it too
+        out.print(f"{name:{width}}  {value}")  # never cut: scripts read it too
 
 
 def _network(units: int, channels: int) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
-import psutil
-
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box
+from nrrn_pipeline.machine import cores, free_memory_bytes, threads_each
 from nrrn_pipeline.network import NRRN, activation_bytes, flop_per_voxel, in_slot, seconds_per_pixel
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.statistics import statistics_boxes
@@ -87,7 +85,8 @@ def worker_bytes(plan: DenoisePlan) -> int:
     voxels_in, voxels_out = slab.read.size * item, slab.keep.size * item
     decoding = min(DECODED_AT_ONCE * prod(plan.source.chunk), fetched_voxels(plan.source, [slab.read])) * item
     encoding = 2 * min(slab.keep.size, prod(plan.target.write_unit)) * item
-    stack = len(slab.read.z) * pixels * (item + 4 * 4)  # the tile, normalised in two steps, the estimate, scaled back
+    # the tile, normalised in two steps, the estimate, scaled back; in float64 for float voxels
+    stack = len(slab.read.z) * pixels * (item + 4 * (8 if plan.source.dtype == "float32" else 4))
     maps = activation_bytes(plan.weights.units, plan.weights.channels, pixels, plan.method.images)
     boxes = statistics_boxes(plan.source, plan.statistics_z)
     measured = max(box.size * item + 16 * len(box.y) * len(box.x) for box in boxes)
@@ -99,13 +98,13 @@ def default_workers(plan: DenoisePlan, on_gpu: bool) -> int:
     """As many local workers as cores and memory carry; one on a GPU."""
     if on_gpu:
         return 1
-    fitting = int(0.8 * psutil.virtual_memory().available) // worker_bytes(plan)
-    return max(1, min(os.cpu_count() or 1, fitting, len(plan.slabs)))
+    fitting = int(0.8 * free_memory_bytes()) // worker_bytes(plan)
+    return max(1, min(cores(), fitting, len(plan.slabs)))
 
 
 def refuse_what_cannot_fit(plan: DenoisePlan, workers: int) -> None:
     """Raises InputError if this machine's free memory cannot hold that many workers."""
-    one, free = worker_bytes(plan), psutil.virtual_memory().available
+    one, free = worker_bytes(plan), free_memory_bytes()
     if workers * one <= free:
         return
     setting = f"--workers {free // one}" if free >= one else "a smaller --slab (with --shard) or --tile"
@@ -116,8 +115,7 @@ def refuse_what_cannot_fit(plan: DenoisePlan, workers: int) -> None:
 def seconds_to_run(plan: DenoisePlan, network: NRRN, device: str, workers: int) -> float:
     """The network's time for the whole plan with that many local workers, from one tile timed here in a few seconds."""
     window = (min(plan.tile, plan.source.shape[1]), min(plan.tile, plan.source.shape[2]))
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    each = seconds_per_pixel(in_slot(network, device, plan.method.images), window, threads)
+    each = seconds_per_pixel(in_slot(network, device, plan.method.images), window, threads_each(workers))
     return each * plan.box.size * _tile_overhead(plan) / min(workers, len(plan.slabs))
 
 

@@ -1,7 +1,6 @@
 """What goes wrong in ways a user can mend: each message says what was given, what was expected, what to do."""
 
-# never without "--overwrite": the same command with it would delete what is done
-GO_ON = "what is done is kept: run the same command again, without --overwrite, to go on"
+GO_ON = "what is done is kept: run the same command again to go on"
 
 
 class NrrnError(Exception):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,9 +45,23 @@ class Ledger:
         return f"{self.array_url}/nrrn"
 
     def begin(self, plan: DenoisePlan) -> None:
-        """Claim the output for a plan."""
+        """Claim the output for a plan, or go on with what a run with the same settings began.
+
+        Raises InputError if another run was faster, with other settings.
+        """
         text = json.dumps({"fingerprint": plan.fingerprint, "settings": plan.settings}, indent=1)
-        storage.write_file(f"{self.url}/plan.json", text.encode())
+        if not storage.write_new_file(f"{self.url}/plan.json", text.encode()):
+            self.refuse_others(plan)
+
+    def refuse_others(self, plan: DenoisePlan) -> None:
+        """Raises InputError, naming what differs, if the output is gone or was begun with other settings."""
+        if self.settings() is None:
+            raise InputError(f"{plan.group_url} was deleted or moved under the run")
+        if changes := self.changes(plan):
+            raise InputError(
+                f"{plan.group_url} was begun with other settings: {'; '.join(changes)}. Give the old settings to "
+                "resume it, another output, or --overwrite to start again"
+            )
 
     def begun(self) -> bool:
         """Whether a plan has claimed the output."""
@@ -77,11 +92,11 @@ class Ledger:
         return {name.removesuffix(".json") for name in storage.list_files(f"{self.url}/slabs")}
 
     def records(self) -> Iterator[Record]:
-        """All records, read one by one."""
+        """All records that can be read, one by one; one that a power failure emptied is none."""
         for key in sorted(self.done()):
             data = storage.read_file(f"{self.url}/slabs/{key}.json")
-            if data is not None:
-                yield Record(**json.loads(data))
+            with suppress(ValueError, TypeError):
+                yield Record(**json.loads(data or b""))
 
     def put_statistics(self, statistics: SliceStatistics) -> None:
         """Keep the measured statistics for every later run."""

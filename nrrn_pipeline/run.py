@@ -16,16 +16,20 @@ from importlib.metadata import version
 from typing import Any, Protocol, cast
 
 import distributed
+from distributed.comm.core import CommClosedError
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import GO_ON, InputError, NrrnError, RunError
+from nrrn_pipeline.geometry import Box, Span, boxes_of
 from nrrn_pipeline.ledger import Ledger, Record
-from nrrn_pipeline.planning import DenoisePlan
+from nrrn_pipeline.planning import DenoisePlan, Slab
 from nrrn_pipeline.slab import SlabTask, denoise_slab
 from nrrn_pipeline.statistics import MeasuredBox, SliceStatistics, measure_box, merge_boxes, statistics_boxes
-from nrrn_pipeline.volume import Volume, create_volume, get_provenance, is_zarr, set_provenance
+from nrrn_pipeline.volume import Volume, create_volume, get_provenance, is_zarr, set_provenance, stored_units
 
 ATTEMPTS = 3  # of one item before it is set aside
+POLL_S = 5.0  # how often a driver that waits looks whether there is anybody to wait for
+PATIENCE_S = 300.0  # without any worker, before a run is given up
 _PERMANENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -73,7 +77,7 @@ def run_serially(task: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[O
 
 @dataclass(frozen=True)
 class DaskRunner:
-    """Items as single futures on a Dask cluster, a bounded window of them at a time: no graph, no voxels sent."""
+    """Items as single futures on a Dask cluster, a bounded number of them at a time: no graph, no voxels sent."""
 
     client: distributed.Client
 
@@ -82,30 +86,38 @@ class DaskRunner:
         waiting = ((item, 1) for item in items)
         again: list[tuple[Any, int]] = []
         running: dict[Any, tuple[Any, int]] = {}
-        finished, resources = distributed.as_completed(), self._resources()
         try:
+            resources = self._resources()
             while True:
                 while len(running) < self._at_once() and (entry := again.pop() if again else next(waiting, None)):
-                    future = self.client.submit(task, entry[0], pure=False, resources=resources)
-                    running[future] = entry
-                    finished.add(future)
+                    running[self.client.submit(task, entry[0], pure=False, resources=resources)] = entry
                 if not running:
                     return
-                future = next(finished)
-                item, attempt = running.pop(future)
-                error = future.exception()
-                result = future.result() if error is None else None
-                del future  # a result that is held would be computed again if the worker that has it died
-                if error is not None:
+                for future in self._finished(list(running)):
+                    item, attempt = running.pop(future)
+                    error = future.exception()
+                    if error is None:
+                        yield Outcome(item, future.result())
+                        continue
                     _raise_permanent(error)
                     if attempt < ATTEMPTS:
                         again.append((item, attempt + 1))
-                        continue
-                yield Outcome(item, result, error)
-        except distributed.CancelledError as error:
+                    else:
+                        yield Outcome(item, error=error)
+        except (distributed.CancelledError, CommClosedError) as error:
             raise RunError(f"the Dask scheduler is gone or was restarted; {GO_ON}") from error
         finally:
             self.client.cancel(list(running))
+
+    def _finished(self, running: list[Any]) -> list[Any]:
+        """Some that have ended, as soon as there are any. Raises RunError if no worker is left to end them."""
+        deserted_s = 0.0
+        while deserted_s < PATIENCE_S:
+            try:
+                return list(distributed.wait(running, timeout=POLL_S, return_when="FIRST_COMPLETED").done)
+            except TimeoutError:
+                deserted_s = 0.0 if self.client.nthreads() else deserted_s + POLL_S
+        raise RunError(f"the cluster has had no worker for {PATIENCE_S:.0f} s: start some; {GO_ON}")
 
     def _at_once(self) -> int:
         """One item a thread: one that waits behind another is suspected too when that kills their worker."""
@@ -120,20 +132,26 @@ class DaskRunner:
 def run_plan(plan: DenoisePlan, runner: Runner, device: str = "auto", overwrite: bool = False) -> Iterator[Progress]:
     """Carry out a plan, or what is left of it, yielding its progress; when it ends, the output is complete.
 
+    `overwrite` deletes an output that exists, but not an unfinished one with the same settings: that is resumed, so
+    that a job which is started again by the same command always gets further.
+
     Raises InputError if the output exists and was made otherwise (unless `overwrite`), or the source holds NaN; nothing
     is written then. Raises RunError if a slab failed on every attempt or storage is full: what is done is kept.
     """
     check_output(plan, overwrite)
     ledger = Ledger(plan.target.url)
-    statistics = None if overwrite else ledger.statistics()
+    replacing = overwrite and storage.exists(plan.group_url) and not _resumable(plan)
+    statistics = None if replacing else ledger.statistics()
     if statistics is None:
         statistics = yield from _measure(plan, runner)
-    _claim_output(plan, statistics, overwrite)
+    else:
+        _refuse_changed_source(plan, statistics)
+    _claim_output(plan, statistics, replacing)
     create_volume(plan.target, _provenance(plan))
     used = statistics.pooled() if plan.method.statistics == "volume" else statistics
     try:
         yield from _slabs(plan, used, runner, device)
-    except InputError as error:  # of a worker: weights or device are not the planned ones there
+    except InputError as error:  # of a worker: weights, device or output are not the planned ones there
         raise RunError(f"{error}. Mend this; {GO_ON}") from error
     provenance = get_provenance(plan.group_url) or {}
     if provenance.get("state") != "complete":
@@ -150,11 +168,7 @@ def check_output(plan: DenoisePlan, overwrite: bool = False) -> None:
         if storage.exists(url) and not ledger.begun() and not is_zarr(url):
             raise InputError(f"{url} is no Zarr and is not overwritten: delete it yourself, or choose another output")
     elif ledger.begun():
-        if changes := ledger.changes(plan):
-            raise InputError(
-                f"{url} was begun with other settings: {'; '.join(changes)}. Give the old settings to resume it, "
-                "another output, or --overwrite to start again"
-            )
+        ledger.refuse_others(plan)
     elif storage.exists(url):
         raise InputError(f"{url} exists and was not made by nrrn denoise: choose another output, or --overwrite")
     try:
@@ -163,14 +177,36 @@ def check_output(plan: DenoisePlan, overwrite: bool = False) -> None:
         raise InputError(f"the output {url} cannot be written: {error.strerror or error}; choose another") from error
 
 
-def _claim_output(plan: DenoisePlan, statistics: SliceStatistics, overwrite: bool) -> None:
+def _resumable(plan: DenoisePlan) -> bool:
+    """Whether an output that exists is this plan's, and unfinished."""
+    try:
+        state = (get_provenance(plan.group_url) or {}).get("state")
+        return state == "unfinished" and not Ledger(plan.target.url).changes(plan)
+    except InputError:  # no Zarr, as when it was killed before the group was made, or damaged: nothing to keep
+        return False
+
+
+def _refuse_changed_source(plan: DenoisePlan, kept: SliceStatistics) -> None:
+    """Raises InputError if a slice in the middle has another mean or std than when the output was begun."""
+    z = (plan.statistics_z.start + plan.statistics_z.stop) // 2
+    middle = Span(z, z + 1)
+    now = merge_boxes(measure_box(plan.source, box) for box in statistics_boxes(plan.source, middle))
+    if now != kept.of(middle):
+        raise InputError(
+            f"{plan.source.url} has changed since {plan.group_url} was begun: slice z={z} has another mean or std. "
+            "Choose another output, or delete this one"
+        )
+
+
+def _claim_output(plan: DenoisePlan, statistics: SliceStatistics, replacing: bool) -> None:
     """Make the output this plan's: begin it, or clear what a killed run left half-written."""
     ledger = Ledger(plan.target.url)
     try:
-        if overwrite and storage.exists(plan.group_url):
+        if replacing:
+            if storage.exists(ledger.url):
+                storage.remove_tree(ledger.url)  # first: a record must never outlive its voxels
             storage.remove_tree(plan.group_url)
-        if not ledger.begun():
-            ledger.begin(plan)
+        ledger.begin(plan)
         if ledger.statistics() is None:
             ledger.put_statistics(statistics)
         storage.remove_partials(plan.group_url)
@@ -203,8 +239,8 @@ def measured(source: Volume, outcome: Outcome) -> MeasuredBox:
 def _slabs(plan: DenoisePlan, statistics: SliceStatistics, runner: Runner, device: str) -> Iterator[Progress]:
     """Denoise every slab that the ledger lacks."""
     slabs, ledger = plan.slabs, Ledger(plan.target.url)
-    recorded = ledger.done()
-    left = [slab for slab in slabs if slab.key not in recorded]
+    recorded, stored = ledger.done(), stored_units(plan.target)
+    left = [slab for slab in slabs if slab.key not in recorded or not stored >= units_of(plan, slab)]
     tasks = (SlabTask(slab, statistics.of(slab.read.z)) for slab in left)
     done, voxels, failed = len(slabs) - len(left), 0, []
     yield Progress("denoising", done, len(slabs))
@@ -219,6 +255,11 @@ def _slabs(plan: DenoisePlan, statistics: SliceStatistics, runner: Runner, devic
         raise RunError(f"{len(failed)} of {len(slabs)} slabs failed every time: {some}. All others are done; {GO_ON}")
     if missing := {slab.key for slab in slabs} - ledger.done():
         raise RunError(f"{len(missing)} slabs have no record, such as {min(missing)}; {GO_ON}")
+
+
+def units_of(plan: DenoisePlan, slab: Slab) -> set[Box]:
+    """The target's write units that a slab owns."""
+    return set(boxes_of(plan.target_box(slab), plan.target.write_unit))
 
 
 def _raise_permanent(error: BaseException) -> None:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter, time
 from typing import Any
 
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 from nrrn_pipeline.errors import RunError
 from nrrn_pipeline.geometry import Span
 from nrrn_pipeline.ledger import Ledger, Record
+from nrrn_pipeline.machine import peak_memory_bytes
 from nrrn_pipeline.network import Network, load_network
 from nrrn_pipeline.planning import DenoisePlan, Slab
 from nrrn_pipeline.statistics import SliceStatistics
@@ -38,14 +37,16 @@ class SlabTask:
 def denoise_slab(plan: DenoisePlan, device: str, task: SlabTask) -> Record:
     """Denoise one slab from storage to storage, then record it; safe to do twice, anywhere, in any order.
 
-    Raises InputError if the weights or the device are not the planned ones here, RunError if the network gives numbers
-    that are not finite, and whatever storage raises.
+    Raises InputError if the weights, the device or the output are not the planned ones, RunError if the network gives
+    numbers that are not finite, and whatever storage raises.
     """
     started = perf_counter()
     weights, slab = plan.weights, task.slab
     network = load_network(weights.path, weights.sha256, device, plan.method.images)
     noisy = read_box(plan.source, slab.read)
     denoised = denoise_voxels(noisy, task, network, plan.tile, plan.halo)
+    ledger = Ledger(plan.target.url)
+    ledger.refuse_others(plan)  # as late as can be: a task may outlive the run that sent it
     write_box(plan.target, plan.target_box(slab), denoised)
     record = Record(
         key=slab.key,
@@ -55,7 +56,7 @@ def denoise_slab(plan: DenoisePlan, device: str, task: SlabTask) -> Record:
         worker=f"{socket.gethostname()}:{os.getpid()}",
         peak_memory_bytes=peak_memory_bytes(),
     )
-    Ledger(plan.target.url).put(record)  # last: a slab is done when, and only when, it is recorded
+    ledger.put(record)  # last: a slab is done when, and only when, it is recorded
     return record
 
 
@@ -68,11 +69,14 @@ def denoise_voxels(noisy: NDArray[Any], task: SlabTask, network: Network, tile: 
     denoised = noisy[slab.keep.within(slab.read)].copy()
     for stack_z in stacks_of(slab.keep.z, _not_blank(statistics)):
         rows = [z - slab.read.z.start for z in stack_z]
-        mean, std = (np.array(values, np.float32)[rows, None, None] for values in (statistics.mean, statistics.std))
+        # float voxels may lie far from 0, or close together: there float32 would lose what distinguishes them
+        accurate = np.dtype("float64" if noisy.dtype.kind == "f" else "float32")
+        mean, std = (_of_slices(values, rows, accurate) for values in (statistics.mean, statistics.std))
         first, last = stack_z[1] - slab.keep.z.start, stack_z[-2] - slab.keep.z.start
         for y, x in slab.tiles(tile, halo):
             stack = noisy[:, y.read.within(slab.read.y), x.read.within(slab.read.x)][rows]
-            estimate = network((stack - mean) / std)[:, y.crop, x.crop] * std[1:-1] + mean[1:-1]
+            normal = ((stack - mean) / std).astype(np.float32, copy=False)
+            estimate = network(normal)[:, y.crop, x.crop] * std[1:-1] + mean[1:-1]
             place = slice(first, last + 1), y.keep.within(slab.keep.y), x.keep.within(slab.keep.x)
             denoised[place] = _as_dtype(estimate, noisy.dtype)
     return denoised
@@ -101,26 +105,16 @@ def _not_blank(statistics: SliceStatistics) -> set[int]:
     return {z for z, std in enumerate(statistics.std, start=statistics.first_z) if std > 0}
 
 
-def _as_dtype(estimate: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
+def _of_slices(values: tuple[float, ...], rows: list[int], dtype: np.dtype[Any]) -> NDArray[Any]:
+    return np.array(values, dtype)[rows, None, None]
+
+
+def _as_dtype(estimate: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Rounded and clipped to the range of an integer dtype."""
     if not np.isfinite(estimate).all():
         raise RunError("the network gave voxels that are not finite numbers: its weights are damaged or did not train")
     if dtype.kind == "f":
-        return estimate
+        return estimate.astype(dtype, copy=False)
     limits = np.iinfo(dtype)
-    return np.clip(np.rint(estimate), limits.min, limits.max).astype(dtype)
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process has held at any time.
-
-    On Linux from its own status file: getrusage also counts what the parent held before it started this process.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    import resource  # not on every system, and needed on those without /proc only
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    rounded: NDArray[Any] = np.clip(np.rint(estimate), limits.min, limits.max).astype(dtype)
+    return rounded

@@ -37,6 +37,29 @@ def write_file(url: str, data: bytes) -> None:
         raise
 
 
+def write_new_file(url: str, data: bytes) -> bool:
+    """Write a whole file unless there is one; whether it was written. Of several writers at a time one succeeds."""
+    files, path = _resolve(url)
+    if "://" in url:
+        try:
+            files.pipe_file(path, data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    partial = f"{path}.{uuid.uuid4().hex}.partial"
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+        os.link(partial, path)
+    except FileExistsError:
+        return False
+    finally:
+        with suppress(FileNotFoundError):  # it may not have been made
+            os.unlink(partial)
+    return True
+
+
 def read_file(url: str, last: int | None = None) -> bytes | None:
     """The file's bytes, or no more than its `last` ones; None if, and only if, there is no such file."""
     files, path = _resolve(url)
@@ -60,6 +83,13 @@ def list_files(url: str) -> Iterator[str]:
         name = entry["name"].rpartition("/")[2]
         if entry["type"] == "file" and not name.endswith(".partial"):
             yield name
+
+
+def list_tree(url: str) -> list[str]:
+    """Paths of all files below a folder, relative to it; none if there is no such folder."""
+    files, path = _resolve(url)
+    files.invalidate_cache()
+    return [str(found).removeprefix(path).lstrip("/") for found in files.find(path)]
 
 
 def exists(url: str) -> bool:

@@ -16,7 +16,7 @@ from zarr.storage import FsspecStore, LocalStore, WrapperStore
 
 from nrrn_pipeline import ome, storage
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.geometry import Box, Shape, box_of, boxes_of
+from nrrn_pipeline.geometry import Box, Shape, Span, box_of, boxes_of
 
 if TYPE_CHECKING:
     import xarray
@@ -223,6 +223,18 @@ def missing_chunks(volume: Volume, unit: Box) -> list[str]:
         return tuple((inner.start - outer.start) // size for inner, outer, size in spans)
 
     return [str(chunk) for chunk in chunks if index[entry(chunk)][0] == absent]
+
+
+def stored_units(volume: Volume) -> set[Box]:
+    """The write units that storage lists, as boxes of voxels; what is in them is not looked at."""
+    found = set()
+    for name in storage.list_tree(f"{volume.url}/c"):
+        place = name.split("/")[-3:]
+        if all(part.isdigit() for part in place) and len(place) == 3:
+            starts = [int(part) * unit for part, unit in zip(place, volume.write_unit, strict=True)]
+            ends = [min(a + n, m) for a, n, m in zip(starts, volume.write_unit, volume.shape, strict=True)]
+            found.add(Box(*(Span(start, end) for start, end in zip(starts, ends, strict=True))))
+    return found
 
 
 class _ChunksLookAbsent(WrapperStore[Any]):

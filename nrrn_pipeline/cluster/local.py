@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import dask
 from distributed import Client, LocalCluster
+
+from nrrn_pipeline.errors import RunError
+from nrrn_pipeline.machine import threads_each
 
 DASHBOARD_PORT = 8787
 
@@ -25,9 +27,14 @@ def local_client(workers: int) -> Iterator[Client]:
         "distributed.worker.preload": ["nrrn_pipeline.cluster.worker"],
         "distributed.nanny.pre-spawn-environ": _environment(workers),
     }
-    with (
-        dask.config.set(settings),
-        LocalCluster(
+    with dask.config.set(settings), _started(workers) as cluster, Client(cluster) as client:
+        yield client
+
+
+@contextmanager
+def _started(workers: int) -> Iterator[LocalCluster]:
+    try:
+        cluster = LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
             processes=True,
@@ -35,10 +42,14 @@ def local_client(workers: int) -> Iterator[Client]:
             host="127.0.0.1",
             dashboard_address=f"127.0.0.1:{_free_port(DASHBOARD_PORT)}",
             silence_logs=logging.CRITICAL,  # what goes wrong reaches the driver as a task's error, and is said once
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
+        )
+    except RuntimeError as error:
+        raise RunError(
+            f'local workers could not start ({error}). In a script, call denoise under `if __name__ == "__main__":`, '
+            "as workers begin by importing the script; or use the cluster serial"
+        ) from error
+    with cluster:
+        yield cluster
 
 
 def _environment(workers: int) -> dict[str, str]:
@@ -48,7 +59,7 @@ def _environment(workers: int) -> dict[str, str]:
     thread up to twice as slow. These keep up to 256 MiB, in one arena, in huge pages where the system has them.
     """
     return {
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)),
+        "OMP_NUM_THREADS": str(threads_each(workers)),
         "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_THRESHOLD_": str(2**25),
         "MALLOC_TRIM_THRESHOLD_": str(2**28),

@@ -107,6 +107,8 @@ def import_vemden(path: str | os.PathLike[str]) -> NRRN:
         raise InputError(f"{path} is not a vEMden checkpoint: it lacks the layer {error}") from error
     except RuntimeError as error:
         raise InputError(f"{path} does not fit an NRRN: its gates differ in shape ({error})") from error
+    if units == 0 or not all(torch.isfinite(tensor).all() for tensor in ours.values()):
+        raise InputError(f"{path} is not a trained vEMden checkpoint: it has no building unit, or weights not finite")
     if state:
         raise InputError(f"{path} is not a vEMden checkpoint: it holds the layer '{min(state)}', which NRRN lacks")
     return _network(units, channels, ours, path)

@@ -49,7 +49,7 @@ def test_a_disk_that_fills_up_ends_the_run_in_one_line_and_more_room_lets_it_fin
     assert full.returncode == 1
     (line,) = [line for line in full.stderr.splitlines() if line.startswith("nrrn: ")]
     assert "No space left on device" in line
-    assert "run the same command again, without --overwrite, to go on" in line
+    assert "run the same command again to go on" in line
     assert "Traceback" not in full.stderr
     done = len(os.listdir(small_disk / "out.zarr/0/nrrn/slabs"))
     assert 0 < done < 40

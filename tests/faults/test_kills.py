@@ -135,7 +135,7 @@ def test_ctrl_c_stops_at_once_and_leaves_a_resumable_output(undisturbed: Path, c
     status, _, err = finish(process)
     assert status == 130
     assert "Traceback" not in err
-    assert "interrupted; what is done is kept: run the same command again, without --overwrite, to go on" in err
+    assert "interrupted; what is done is kept: run the same command again to go on" in err
     kept = records(undisturbed / name)
     assert 3 <= len(kept) < SLABS
     status, out, err = finish(start(undisturbed, name, "--cluster", "serial"))

@@ -1,0 +1,40 @@
+"""What this process may use of the machine it is on, and what it has used."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import dask.system
+import distributed.system
+import psutil
+
+
+def cores() -> int:
+    """Cores that this process may use: a batch job's share, by affinity and control group, not the whole node."""
+    return int(dask.system.cpu_count())
+
+
+def threads_each(workers: int) -> int:
+    """Threads for each of several local workers, so that together they use every core once."""
+    return max(1, cores() // workers)
+
+
+def free_memory_bytes() -> int:
+    """Memory that is free, and within the limit of this process's control group."""
+    return int(min(psutil.virtual_memory().available, distributed.system.MEMORY_LIMIT))
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held at any time.
+
+    On Linux from its own status file: getrusage also counts what the parent held before it started this process.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource  # not on every system, and needed on those without /proc only
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
