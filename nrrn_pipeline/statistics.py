@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Shape, Span, boxes_of
@@ -97,12 +98,22 @@ def measure_box(volume: Volume, box: Box) -> MeasuredBox:
             raise InputError(
                 f"{volume.url} holds NaN or infinite voxels in slice z={z}: replace them (with 0, say) before denoising"
             )
-        first = float(plane.flat[0])  # a blank slice then has deviations, and so a std, of exactly 0
-        values = plane.astype(np.float64) - first
-        shift = float(values.mean())
-        values -= shift
-        moments.append(Moments(values.size, first + shift, float(np.vdot(values, values))))
+        moments.append(_moments(plane))
     return box, tuple(moments)
+
+
+def _moments(plane: NDArray[Any]) -> Moments:
+    """Of integers exact, of floats summed pairwise; never by BLAS, whose sums depend on its number of threads."""
+    count = plane.size
+    if plane.dtype.kind == "u":
+        wide = plane.astype(np.int64)
+        total, squares = int(wide.sum()), int(np.square(wide).sum())
+        return Moments(count, total / count, (squares * count - total**2) / count)
+    first = float(plane.flat[0])  # a blank slice then has deviations, and so a std, of exactly 0
+    values = plane.astype(np.float64) - first
+    shift = float(values.mean())
+    values -= shift
+    return Moments(count, first + shift, float(np.square(values).sum()))
 
 
 def merge_boxes(parts: Iterable[MeasuredBox]) -> SliceStatistics:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -20,44 +20,38 @@ def absolute(url: str | os.PathLike[str]) -> str:
 
 
 def write_file(url: str, data: bytes) -> None:
-    """Write a whole file; nobody ever sees a part of it."""
+    """Write a whole file, over one that exists; nobody ever sees a part of it."""
     files, path = _resolve(url)
     if "://" in url:
         files.pipe_file(path, data)  # an object appears whole or not at all
-        return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    partial = f"{path}.{uuid.uuid4().hex}.partial"
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-        os.replace(partial, path)
-    except BaseException:
-        if os.path.exists(partial):
-            os.unlink(partial)
-        raise
+    else:
+        _write_aside(path, data, os.replace)
 
 
 def write_new_file(url: str, data: bytes) -> bool:
     """Write a whole file unless there is one; whether it was written. Of several writers at a time one succeeds."""
     files, path = _resolve(url)
-    if "://" in url:
-        try:
+    try:
+        if "://" in url:
             files.pipe_file(path, data, mode="create")
-        except FileExistsError:
-            return False
-        return True
+        else:
+            _write_aside(path, data, os.link)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _write_aside(path: str, data: bytes, place: Callable[[str, str], None]) -> None:
+    """Write a partial file beside `path`, then put it there in one step."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     partial = f"{path}.{uuid.uuid4().hex}.partial"
     try:
         with open(partial, "wb") as file:
             file.write(data)
-        os.link(partial, path)
-    except FileExistsError:
-        return False
+        place(partial, path)
     finally:
-        with suppress(FileNotFoundError):  # it may not have been made
+        with suppress(FileNotFoundError):  # it may never have been made, or be in its place
             os.unlink(partial)
-    return True
 
 
 def read_file(url: str, last: int | None = None) -> bytes | None:

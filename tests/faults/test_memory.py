@@ -16,9 +16,9 @@ from tests.support import tiny_weights
 GB = 10**9
 
 
-def noise_volume(path: Path, shape: tuple[int, int, int]) -> None:
+def noise_volume(path: Path, shape: tuple[int, int, int], chunks: tuple[int, int, int] = (16, 512, 512)) -> None:
     """float32 noise, written chunk layer by chunk layer; never whole in memory."""
-    array = zarr.create_array(path, shape=shape, dtype="float32", chunks=(16, 512, 512), compressors=None)
+    array = zarr.create_array(path, shape=shape, dtype="float32", chunks=chunks)
     layer = np.random.default_rng(0).standard_normal((16, *shape[1:]), dtype=np.float32)
     for z in range(0, shape[0], 16):
         array[z : z + 16] = layer[: shape[0] - z]
@@ -57,6 +57,17 @@ def test_networks_of_many_maps_stay_within_the_plan(
     noise_volume(tmp_path / "in.zarr", (3, tile, tile))
     tiny_weights(tmp_path / "w.safetensors", units, channels)
     options = Options(layout=Layout(tile=tile), method=Method(images=images), workers=1, device="cpu")
+    summary = denoise(tmp_path / "in.zarr", tmp_path / "out.zarr", tmp_path / "w.safetensors", options)
+    planned = worker_bytes(summary.plan)
+    print(f"planned {planned / 1e6:.0f} MB, peak {summary.peak_memory_bytes / 1e6:.0f} MB")
+    assert 0.75 * planned <= summary.peak_memory_bytes <= 1.25 * planned
+
+
+def test_source_chunks_far_deeper_than_a_slab_stay_within_the_plan(tmp_path: Path) -> None:
+    noise_volume(tmp_path / "in.zarr", (128, 512, 512), chunks=(128, 256, 256))
+    tiny_weights(tmp_path / "w.safetensors", channels=1)
+    layout = Layout(chunk=(8, 256, 256), shard=(32, 512, 512))
+    options = Options(layout=layout, method=Method(images=1), workers=1, device="cpu")
     summary = denoise(tmp_path / "in.zarr", tmp_path / "out.zarr", tmp_path / "w.safetensors", options)
     planned = worker_bytes(summary.plan)
     print(f"planned {planned / 1e6:.0f} MB, peak {summary.peak_memory_bytes / 1e6:.0f} MB")

@@ -177,3 +177,12 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path: Path) ->
     storage.remove_partials(str(tmp_path))
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert left == ["c/0/1", "zarr.json"]
+
+
+@pytest.mark.parametrize("scheme", ["", "memory:/"])
+def test_of_two_writers_of_a_new_file_the_first_succeeds(tmp_path: Path, scheme: str) -> None:
+    url = f"{scheme}{tmp_path}/plan.json"
+    assert storage.write_new_file(url, b"first")
+    assert not storage.write_new_file(url, b"second")
+    assert storage.read_file(url) == b"first"
+    assert list(storage.list_files(f"{scheme}{tmp_path}")) == ["plan.json"]
