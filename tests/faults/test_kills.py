@@ -70,7 +70,7 @@ def test_killed_at_random_moments_and_run_again_gives_the_same_bytes(undisturbed
     for _ in range(3):
         process = start(undisturbed, name, "--cluster", "serial")
         wait_for_records(process, output, len(kept) + rng.randrange(0, 8))
-        time.sleep(rng.uniform(0, 0.2))
+        time.sleep(rng.uniform(0, 0.05))
         process.kill()
         finish(process)
         now = records(output)
