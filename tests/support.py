@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import zarr
 from numpy.typing import NDArray
 
 from nrrn_pipeline.network import NRRN, save_weights
+
+LEAD = {3: (), 4: ("c",), 5: ("t", "c")}  # axes before z, y, x, by the number of dimensions
 
 
 def tiny_network(units: int = 1, channels: int = 4, seed: int = 0, gain: float = 1.0) -> NRRN:
@@ -74,3 +77,58 @@ def whole_slices(network: NRRN, volume: NDArray[Any], images: int = 3) -> NDArra
 def stored_chunks(array: Path) -> dict[str, bytes]:
     """Every chunk or shard file of an array on disk."""
     return {str(file.relative_to(array)): file.read_bytes() for file in sorted(array.glob("c/**/*")) if file.is_file()}
+
+
+def ome_image(
+    path: Path,
+    voxels: NDArray[Any],
+    zarr_format: int = 3,
+    levels: int = 1,
+    unit: str | None = "nanometer",
+    scale: tuple[float, float, float] = (4.0, 4.0, 4.0),
+) -> Path:
+    """An OME-Zarr group, 0.5 or 0.4; every level takes every other voxel of the one before, in y and x."""
+    axes = [*LEAD[voxels.ndim], "z", "y", "x"]
+    spatial = {"type": "space"} | ({"unit": unit} if unit else {})
+    datasets = []
+    group = zarr.open_group(path, mode="w", zarr_format=zarr_format)
+    for level in range(levels):
+        data = voxels[..., :: 2**level, :: 2**level]
+        keys = {"name": "v2", "separator": "/"} if zarr_format == 2 else None
+        chunks = (1,) * (data.ndim - 3) + (4, 16, 16)
+        group.create_array(str(level), data=data, chunks=chunks, chunk_key_encoding=keys)
+        sizes = [1.0] * (data.ndim - 3) + [scale[0], scale[1] * 2**level, scale[2] * 2**level]
+        datasets.append({"path": str(level), "coordinateTransformations": [{"type": "scale", "scale": sizes}]})
+    image = {
+        "axes": [{"name": axis, **(spatial if axis in "zyx" else {})} for axis in axes],
+        "datasets": datasets,
+    }
+    put_multiscales(path, image)
+    return path
+
+
+def put_multiscales(path: Path, image: dict[str, Any]) -> None:
+    group = zarr.open_group(path, mode="r+")
+    if group.metadata.zarr_format == 3:
+        group.attrs["ome"] = {"version": "0.5", "multiscales": [image]}
+    else:
+        group.attrs["multiscales"] = [{"version": "0.4", **image}]
+
+
+def plain_group(path: Path) -> None:
+    group = zarr.open_group(path, mode="w")
+    for name in ("raw", "labels"):
+        group.create_array(name, shape=(4, 8, 8), dtype="uint8")
+
+
+def array(shape: tuple[int, ...], dtype: str = "uint8", **options: Any) -> Callable[[Path], None]:
+    def make(path: Path) -> None:
+        chunks = tuple(max(1, min(8, length)) for length in shape)
+        zarr.create_array(path, shape=shape, dtype=dtype, chunks=chunks, **options)
+
+    return make
+
+
+def other_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "notes.txt").write_text("no Zarr")
