@@ -38,6 +38,9 @@ def start(folder: Path, name: str, *options: str) -> subprocess.Popen[str]:
     layout = ["--chunk", "4,64,64", "--shard", "4,64,128", "--tile", "64", "--device", "cpu"]
     command = [sys.executable, "-m", "nrrn_pipeline.cli", "denoise", "in.zarr", name, "--weights", "w.safetensors"]
     pipe = subprocess.PIPE
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a test run in the background ignores it, and its children
     return subprocess.Popen(
         [*command, *layout, *options], cwd=folder, stdout=pipe, stderr=pipe, text=True, start_new_session=True
     )
@@ -49,8 +52,9 @@ def records(output: Path) -> dict[str, str]:
 
 
 def wait_for_records(process: subprocess.Popen[str], output: Path, count: int) -> None:
-    while process.poll() is None and len(records(output)) < count:
-        time.sleep(0.005)
+    folder = output / "0/nrrn/slabs"
+    while process.poll() is None and (len(list(folder.glob("*.json"))) if folder.exists() else 0) < count:
+        time.sleep(0.01)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -89,7 +93,7 @@ def test_killed_before_the_first_slab_leaves_an_output_that_can_be_resumed(undis
     for marker in ("0/nrrn/plan.json", "0/nrrn/statistics.json", "0/zarr.json"):
         process = start(undisturbed, "early.zarr", "--cluster", "serial")
         while process.poll() is None and not (output / marker).exists():
-            time.sleep(0.001)
+            time.sleep(0.005)
         process.kill()
         finish(process)
     status, _, err = finish(start(undisturbed, "early.zarr", "--cluster", "serial"))

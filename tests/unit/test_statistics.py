@@ -202,3 +202,14 @@ def test_statistics_measured_in_the_proposed_boxes_are_those_of_whole_slices(tmp
         assert len(boxes) > 1
         assert found.first_z == start
         assert_as_numpy(found, voxels[start:stop])
+
+
+def test_sums_over_integers_are_exact(tmp_path: Path) -> None:
+    voxels = np.random.default_rng(0).integers(0, 2**16, (2, 301, 203), dtype=np.uint16)
+    source = open_volume(bare_zarr(tmp_path / "in.zarr", voxels))
+    _, moments = measure_box(source, source.box)
+    for plane, found in zip(voxels, moments, strict=True):
+        values = [int(value) for value in plane.flat]
+        total, squares = sum(values), sum(value**2 for value in values)
+        assert found.mean == total / len(values)
+        assert found.squares == (squares * len(values) - total**2) / len(values)
