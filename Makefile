@@ -25,9 +25,9 @@ lint: .venv/ready
 	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --editable .
 	touch $@
 
-# all extras in one resolve; torch without its build's name, so that each machine takes the build it has
+# the extras that are tested, in one resolve; torch without its build's name, so that each machine takes the build it has
 lock: .venv/ready
-	.venv/bin/uv pip compile --quiet pyproject.toml --all-extras --python-version 3.11.7 --no-emit-find-links \
+	.venv/bin/uv pip compile --quiet pyproject.toml --extra test --extra lint --python-version 3.11.7 --no-emit-find-links \
 		--no-annotate --custom-compile-command "make lock" --output-file requirements.lock
 	sed -i 's/^\(torch==[0-9.]*\)+cpu$$/\1/' requirements.lock
 
