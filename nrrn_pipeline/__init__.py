@@ -10,9 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nrrn_pipeline.api import Options, RunWatch, denoise, import_weights, plan, train, verify
-    from nrrn_pipeline.errors import InputError, NrrnError, RunError
+    from nrrn_pipeline.api import Options, RunWatch, denoise, import_weights, plan, repair, status, train, verify
+    from nrrn_pipeline.errors import InputError, NrrnError, RunError, SlabsFailedError, StorageError
     from nrrn_pipeline.geometry import Box
+    from nrrn_pipeline.places import using_options
     from nrrn_pipeline.planning import Layout, Method
     from nrrn_pipeline.training.fit import TrainSettings
     from nrrn_pipeline.volume import open_volume
@@ -26,19 +27,25 @@ __all__ = [
     "Options",
     "RunError",
     "RunWatch",
+    "SlabsFailedError",
+    "StorageError",
     "TrainSettings",
     "denoise",
     "import_weights",
     "open_volume",
     "plan",
+    "repair",
+    "status",
     "train",
+    "using_options",
     "verify",
 ]
 
 _HOMES = {
-    "api": ("Options", "RunWatch", "denoise", "import_weights", "plan", "train", "verify"),
-    "errors": ("InputError", "NrrnError", "RunError"),
+    "api": ("Options", "RunWatch", "denoise", "import_weights", "plan", "repair", "status", "train", "verify"),
+    "errors": ("InputError", "NrrnError", "RunError", "SlabsFailedError", "StorageError"),
     "geometry": ("Box",),
+    "places": ("using_options",),
     "planning": ("Layout", "Method"),
     "training.fit": ("TrainSettings",),
     "volume": ("open_volume",),

@@ -1,4 +1,4 @@
-"""What users call: plan, denoise, verify, train and import_weights, each in one call; the command line adds words."""
+"""What users call, each goal in one call; the command line adds words."""
 
 from __future__ import annotations
 
@@ -6,34 +6,54 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from nrrn_pipeline import storage
-from nrrn_pipeline.checking import check
+from nrrn_pipeline.checking import Status, check, status
 from nrrn_pipeline.cluster import address_client, local_client
 from nrrn_pipeline.cost import Cost, cost_of, counted, default_workers, refuse_what_cannot_fit, seconds_to_run
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.geometry import Box
+from nrrn_pipeline.geometry import Box, Shape
+from nrrn_pipeline.lease import wait_for_end
 from nrrn_pipeline.ledger import Ledger
 from nrrn_pipeline.network import (
     NRRN,
+    bytes_hash,
     choose_device,
     import_vemden,
-    load_weights,
-    read_header,
+    parse_header,
+    parse_weights,
     refuse_unknown_device,
-    save_weights,
+    weights_bytes,
     weights_hash,
 )
+from nrrn_pipeline.places import absolute
 from nrrn_pipeline.planning import DenoisePlan, Layout, Method, Weights, plan_denoise
-from nrrn_pipeline.run import DaskRunner, Progress, Runner, check_output, run_plan, run_serially
+from nrrn_pipeline.run import Progress, check_output, run_plan
+from nrrn_pipeline.runners import DaskRunner, Runner, run_serially
+from nrrn_pipeline.slab import read_weights
 from nrrn_pipeline.training.fit import OnStep, TrainSettings, fit
 from nrrn_pipeline.training.triplets import triplets
-from nrrn_pipeline.volume import open_volume
+from nrrn_pipeline.volume import get_provenance, open_volume, set_provenance
+
+__all__ = [
+    "Forecast",
+    "Options",
+    "RunWatch",
+    "Status",
+    "Summary",
+    "denoise",
+    "describe_weights",
+    "import_weights",
+    "plan",
+    "repair",
+    "status",
+    "train",
+    "verify",
+]
 
 Location = str | os.PathLike[str]
 PAPER = Weights(path="", sha256="", units=4, channels=64)
@@ -45,8 +65,9 @@ class Options:
 
     level: pyramid level of an OME-Zarr source. roi: the part to denoise, in the level's voxels, as
     Box.parse("0:8,0:512,0:512"). layout: slab, chunk, shard, tile and halo. method: images and statistics. device:
-    "auto", "cpu" or "cuda". cluster: "local", "serial" or a Dask scheduler's address. workers: processes of a local
-    cluster; None: as many as cores and memory carry. overwrite: delete an output that exists.
+    "auto", "cpu" or "cuda". cluster: "local", "serial" or a Dask scheduler's address; keys: the folder with the
+    certificates for it. workers: processes of a local cluster; None: as many as cores and memory carry. prefetch: each
+    of them reads the next slab, and writes the last, while one computes. overwrite: delete an output that exists.
     """
 
     level: int = 0
@@ -55,14 +76,16 @@ class Options:
     method: Method = field(default_factory=Method)
     device: str = "auto"
     cluster: str = "local"
+    keys: str | None = None
     workers: int | None = None
+    prefetch: bool = True
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         """Raises InputError for a device, cluster or number of workers that cannot be."""
         refuse_unknown_device(self.device)
         if not self.here and ":" not in self.cluster:
-            raise InputError(f"cluster {self.cluster!r} is unknown: use local, serial or an address as tcp://host:8786")
+            raise InputError(f"cluster {self.cluster!r} is unknown: use local, serial or an address as tls://host:8786")
         if self.workers is not None and self.workers < 1:
             raise InputError(f"workers {self.workers} is not possible: use 1 or more")
 
@@ -70,6 +93,11 @@ class Options:
     def here(self) -> bool:
         """Whether this machine does the work, so that its memory and devices are what counts."""
         return self.cluster in ("serial", "local")
+
+    @property
+    def slabs_each(self) -> int:
+        """Slabs that one worker process has in flight."""
+        return 2 if self.prefetch and self.cluster != "serial" else 1
 
 
 @dataclass(frozen=True)
@@ -118,9 +146,10 @@ def plan(
         raise InputError(f"{made.group_url} is begun: give its --weights, to plan what is left of it")
     check_output(made, options.overwrite)
     workers = _workers(made, options)
-    network = load_weights(weights) if weights else NRRN(PAPER.units, PAPER.channels).eval()
+    paper = weights is None
+    network = NRRN(PAPER.units, PAPER.channels).eval() if paper else _load(made.weights)
     device = options.device if options.here else "auto"
-    return Forecast(made, cost_of(made), workers, seconds_to_run(made, network, device, workers))
+    return Forecast(made, cost_of(made, options.slabs_each), workers, seconds_to_run(made, network, device, workers))
 
 
 def denoise(
@@ -154,12 +183,51 @@ def denoise(
     return Summary(made, len(made.slabs), resumed, voxels, perf_counter() - started, peak)
 
 
-def verify(output: Location) -> list[str]:
-    """What is wrong with an output of denoise: slabs without a record, chunks missing or damaged; empty if whole.
+def verify(output: Location, deep: bool = False) -> list[str]:
+    """What is wrong with an output of denoise; empty if it is whole.
 
-    Raises InputError if there is no output of denoise.
+    By listing alone: slabs without a record, shards that are missing or cut short. `deep`: every byte is read, and must
+    have the checksum that it was written with. Raises InputError if there is no output of denoise.
     """
-    return [checked.problem for checked in check(output) if checked.problem]
+    return [checked.problem for checked in check(output, deep) if checked.problem]
+
+
+def repair(
+    output: Location, weights: Location | None = None, options: Options | None = None, watch: RunWatch | None = None
+) -> tuple[list[str], Summary | None]:
+    """Denoise again exactly the slabs of an output that verify(deep=True) finds damaged; what was wrong, and a summary.
+
+    Source and settings are those that the output was made with, and so are the weights unless given (they may have
+    moved). Of `options` only device, cluster, keys, workers and prefetch count.
+
+    Raises InputError if there is no output of denoise, its source or weights are gone or changed, or its metadata are
+    damaged.
+    """
+    volume = open_volume(output)
+    ledger = Ledger(volume.url)
+    for _ in wait_for_end(ledger.url):  # of another driver's lease
+        pass
+    found = [checked for checked in check(output, deep=True) if checked.problem]
+    problems = [checked.problem or "" for checked in found]
+    if not found:
+        return [], None
+    if beyond := [checked.problem for checked in found if checked.slab is None]:
+        raise InputError(f"{output} cannot be repaired: {beyond[0]}; start again with nrrn denoise --overwrite")
+    settings, provenance = ledger.settings() or {}, get_provenance(volume.group_url) or {}
+    try:
+        slab, chunk, shard = (_shape(settings[name]) for name in ("slab", "chunk", "shard"))
+        layout = Layout(slab, chunk, shard, settings["tile"], settings["halo"])
+        method = Method(settings["images"], settings["statistics"])
+        source, level = _source_of(settings["source"], provenance["source group"])
+        roi, used = Box.parse(settings["roi"]), weights or provenance["weights"]
+    except (LookupError, ValueError, TypeError) as error:
+        raise InputError(f"{output} cannot be repaired: its settings are damaged ({error})") from error
+    again = replace(options or Options(), level=level, roi=roi, layout=layout, method=method, overwrite=False)
+    check_output(_plan(source, volume.group_url, used, again))
+    for checked in found:
+        ledger.forget(checked.slab or "")
+    set_provenance(volume.group_url, provenance | {"state": "unfinished"})
+    return problems, denoise(source, volume.group_url, used, again, watch)
 
 
 def train(
@@ -199,7 +267,7 @@ def train(
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("nrrn-pipeline", "torch", "numpy")},
     }
-    save_weights(network, weights, record)
+    storage.write_file(absolute(weights), weights_bytes(network, record))
     return record
 
 
@@ -210,7 +278,8 @@ def import_weights(checkpoint: Location, weights: Location) -> NRRN:
     """
     network = import_vemden(checkpoint)
     _refuse_unwritable(weights)
-    save_weights(network, weights, {"imported from": str(checkpoint), "sha256 of that": weights_hash(checkpoint)})
+    record = {"imported from": str(checkpoint), "sha256 of that": weights_hash(checkpoint)}
+    storage.write_file(absolute(weights), weights_bytes(network, record))
     return network
 
 
@@ -218,18 +287,42 @@ def describe_weights(path: Location | None) -> Weights:
     """What a plan needs to know of a weights file; of the paper's network without one."""
     if path is None:
         return PAPER
-    header = read_header(path)
-    return Weights(storage.absolute(path), weights_hash(path), header["units"], header["channels"])
+    url = absolute(path)
+    try:
+        data = read_weights(url)
+    except OSError as error:
+        raise InputError(f"the weights {url} cannot be read: {error.strerror or error}") from error
+    header = parse_header(data, url)
+    return Weights(url, bytes_hash(data), header["units"], header["channels"])
+
+
+def _load(weights: Weights) -> NRRN:
+    return parse_weights(read_weights(weights.path), weights.path)
+
+
+def _shape(sizes: list[int]) -> Shape:
+    z, y, x = (int(size) for size in sizes)
+    return z, y, x
+
+
+def _source_of(array_url: str, group_url: str) -> tuple[str, int]:
+    """The volume and level that open_volume takes for an array. Raises InputError if there is none."""
+    level, opened = 0, open_volume(group_url)
+    while opened.url != array_url:
+        level += 1
+        opened = open_volume(group_url, level)
+    return group_url, level
 
 
 def _refuse_unwritable(weights: Location) -> None:
-    folder = Path(weights).resolve().parent
-    if Path(weights).exists():
-        raise InputError(f"{weights} exists: choose another file, or delete it")
-    if not folder.is_dir():
-        raise InputError(f"{weights} cannot be written: its folder is missing; make it first")
+    url = absolute(weights)
+    folder = url.rpartition("/")[0]
     try:
-        storage.check_writable(str(folder))
+        if storage.exists(url):
+            raise InputError(f"{weights} exists: choose another file, or delete it")
+        if "://" not in url and not os.path.isdir(folder):
+            raise InputError(f"{weights} cannot be written: its folder is missing; make it first")
+        storage.check_writable(folder)
     except OSError as error:
         raise InputError(f"{weights} cannot be written: {error.strerror or error}; choose another file") from error
 
@@ -239,7 +332,7 @@ def _plan(source: Location, output: Location, weights: Location | None, options:
         choose_device(options.device)
     volume = open_volume(source, options.level)
     described = describe_weights(weights)
-    return plan_denoise(volume, storage.absolute(output), described, options.layout, options.roi, options.method)
+    return plan_denoise(volume, absolute(output), described, options.layout, options.roi, options.method)
 
 
 def _workers(made: DenoisePlan, options: Options) -> int:
@@ -248,9 +341,10 @@ def _workers(made: DenoisePlan, options: Options) -> int:
     if options.cluster == "serial":
         workers = 1
     if workers is None:
-        workers = default_workers(made, options.here and choose_device(options.device).type == "cuda")
+        on_gpu = options.here and choose_device(options.device).type == "cuda"
+        workers = default_workers(made, on_gpu, options.slabs_each)
     if options.here:
-        refuse_what_cannot_fit(made, workers)
+        refuse_what_cannot_fit(made, workers, options.slabs_each)
     return workers
 
 
@@ -258,7 +352,7 @@ def _workers(made: DenoisePlan, options: Options) -> int:
 def _runner(made: DenoisePlan, options: Options) -> Iterator[tuple[Runner, str]]:
     """The runner that the options ask for, and where it runs, in words."""
     if not options.here:
-        with address_client(options.cluster) as client:
+        with address_client(options.cluster, options.keys) as client:
             workers = counted(len(client.nthreads()), "worker")
             yield DaskRunner(client), f"{workers} of {options.cluster}, dashboard {client.dashboard_link}"
         return
@@ -266,5 +360,5 @@ def _runner(made: DenoisePlan, options: Options) -> Iterator[tuple[Runner, str]]
     if options.cluster == "serial":
         yield run_serially, "this process"
         return
-    with local_client(workers_here) as client:
+    with local_client(workers_here, options.slabs_each) as client:
         yield DaskRunner(client), f"{counted(workers_here, 'local worker')}, dashboard {client.dashboard_link}"

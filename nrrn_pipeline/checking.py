@@ -1,76 +1,145 @@
-"""Is an output whole? Every slab recorded, every chunk present and decodable."""
+"""Is an output whole? By listing alone, or by reading every byte; and how far is a run, from its ledger alone."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, boxes_of
+from nrrn_pipeline.lease import LEASE_S, last_driver, process_is_gone
 from nrrn_pipeline.ledger import Ledger
-from nrrn_pipeline.planning import slab_key
-from nrrn_pipeline.volume import Volume, missing_chunks, open_volume, read_box
+from nrrn_pipeline.places import absolute
+from nrrn_pipeline.volume import Volume, object_key, open_volume, stored_units
 
 
 @dataclass(frozen=True)
 class Checked:
-    """How many write units are checked, of how many, and what is wrong with the last one, if anything."""
+    """How many slabs are checked, of how many, and what is wrong with the last one, if anything.
+
+    A problem without a `slab` is of the output as a whole, and cannot be mended by denoising a slab again.
+    """
 
     done: int
     total: int
     problem: str | None = None
+    slab: str | None = None
 
 
-def check(output: str | os.PathLike[str]) -> Iterator[Checked]:
-    """Check the ledger, then one write unit after the other.
+@dataclass(frozen=True)
+class Status:
+    """How far a run is. `state` in words; rate in voxels a second; `seconds_left` is None where nothing is known."""
+
+    state: str
+    done: int
+    total: int
+    failed: dict[str, str] = field(default_factory=dict)
+    rate: float | None = None
+    seconds_left: float | None = None
+
+
+def check(output: str | os.PathLike[str], deep: bool = False) -> Iterator[Checked]:
+    """Check every slab: recorded, and its objects there in the sizes recorded; `deep`: read, and their CRC-32C right.
 
     Raises InputError if there is no output of nrrn denoise there.
     """
-    url = storage.absolute(output)
-    volume = open_volume(url)
+    volume = open_volume(output)
     ledger = Ledger(volume.url)
-    settings = ledger.settings()
-    if settings is None:
-        raise InputError(f"{url} was not made by nrrn denoise: there is no ledger to verify it against")
-    try:
-        problems = [*_differences(volume, settings), *_without_record(settings, {r.key for r in ledger.records()})]
-    except (LookupError, ValueError, TypeError) as error:
-        raise InputError(f"{ledger.url}/plan.json is damaged ({type(error).__name__}: {error})") from error
-    units = tuple(boxes_of(volume.box, volume.write_unit))
-    for problem in problems:
-        yield Checked(0, len(units), problem)
-    for done, unit in enumerate(units, start=1):
-        yield Checked(done, len(units), _problem(volume, unit))
+    slabs, settings = ledger.slabs(), ledger.settings() or {}
+    for problem in _differences(volume, settings):
+        yield Checked(0, len(slabs), problem)
+    recorded = ledger.done()
+    units = {key: _units(volume, keep, settings) for key, keep in slabs.items()}
+    torn = ledger.torn(units, stored_units(volume))
+    for done, key in enumerate(slabs, start=1):
+        if key not in recorded:
+            problems = [f"slab {key} has no record: it was not denoised"]
+        elif key in torn:
+            problems = [f"slab {key}: {torn[key]}"]
+        else:
+            problems = list(_damage(volume, ledger, key, units[key])) if deep else []
+        for problem in problems:
+            yield Checked(done, len(slabs), problem, key)
+        if not problems:
+            yield Checked(done, len(slabs))
+
+
+def status(output: str | os.PathLike[str]) -> Status:
+    """How far the run on an output is, wherever it is driven from; reads the ledger alone.
+
+    Raises InputError if there is no ledger.
+    """
+    url = absolute(output)
+    ledger = Ledger(f"{url}/0")
+    if not ledger.begun():
+        raise InputError(f"{url} has no ledger yet: a run writes it once the slices' statistics are measured")
+    total, done = len(ledger.slabs()), len(ledger.done())
+    driver = last_driver(ledger.url) or {}
+    seconds, slabs, voxels = (_number(driver.get(name)) for name in ("seconds", "slabs", "voxels"))
+    running = driver.get("state") == "running" and not process_is_gone(driver)
+    left = (total - done) * seconds / slabs if running and slabs else None
+    return Status(
+        state="complete" if done >= total and not running else _state(driver, running),
+        done=done,
+        total=total,
+        failed={key: ledger.reason(key) for key in sorted(ledger.failed())},
+        rate=voxels / seconds if seconds else None,
+        seconds_left=left,
+    )
+
+
+def _state(driver: dict[str, Any], running: bool) -> str:
+    who = f"process {driver.get('pid')} on {driver.get('host')}"
+    if not running:
+        ended = {"running": "was killed", "failed": "failed", "complete": "ended"}.get(str(driver.get("state")))
+        return f"stopped: {who} {ended or 'was interrupted'}" if driver else "stopped"
+    silent_s = time.time() - _number(driver.get("renewed"))
+    if silent_s > LEASE_S:  # or the two machines' clocks differ
+        return f"no sign of life from {who} for {silent_s:.0f} s"
+    return f"running: {who}"
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else 0.0
 
 
 def _differences(volume: Volume, settings: dict[str, Any]) -> Iterator[str]:
     """What the array's metadata say otherwise than the settings that it was begun with."""
     facts = {
         "shape": (list(volume.shape), list(Box.parse(settings["roi"]).shape)),
-        "dtype": (volume.dtype, settings["dtype"]),
-        "chunk": (list(volume.chunk), settings["chunk"]),
-        "shard": (list(volume.write_unit), settings["shard"]),
+        "dtype": (volume.dtype, settings.get("dtype")),
+        "chunk": (list(volume.chunk), settings.get("chunk")),
+        "shard": (list(volume.write_unit), settings.get("shard")),
     }
     for name, (found, begun) in facts.items():
         if found != begun:
             yield f"{name} of the array is {found}, but it was begun with {begun}: its metadata were changed"
 
 
-def _without_record(settings: dict[str, Any], recorded: set[str]) -> Iterator[str]:
-    z, y, x = settings["slab"]
-    for keep in boxes_of(Box.parse(settings["roi"]), (z, y, x)):
-        if slab_key(keep) not in recorded:
-            yield f"slab {slab_key(keep)} has no record: it was not denoised"
+def _units(volume: Volume, keep: Box, settings: dict[str, Any]) -> set[Box]:
+    """The write units of a slab, in the output's voxels."""
+    origin = Box.parse(settings["roi"])
+    return set(boxes_of(keep.shifted(origin), volume.write_unit))
 
 
-def _problem(volume: Volume, unit: Box) -> str | None:
+def _damage(volume: Volume, ledger: Ledger, key: str, units: set[Box]) -> Iterator[str]:
+    """What of a slab does not read as it was written."""
     try:
-        if missing := missing_chunks(volume, unit):
-            return f"voxels {unit}: {len(missing)} chunks were never written, the first at {missing[0]}"
-        read_box(volume, unit)
-    except Exception as error:  # a damaged chunk can raise whatever its codec raises
-        return f"voxels {unit}: cannot be decoded ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-    return None
+        objects = ledger.record(key).objects
+    except ValueError as error:
+        yield str(error)
+        return
+    for unit in sorted(units):
+        name = object_key(volume, unit)
+        if name not in objects:
+            yield f"slab {key}: its record lacks {name}, voxels {unit}"
+            continue
+        data = storage.read_file(f"{volume.url}/{name}")
+        if data is None or storage.crc32c(data) != objects[name][1]:
+            again = storage.read_file(f"{volume.url}/{name}")  # it may have been damaged on the way
+            if again is None or storage.crc32c(again) != objects[name][1]:
+                yield f"slab {key}: {name}, voxels {unit}, is not what was written: its CRC-32C differs"

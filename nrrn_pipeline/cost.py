@@ -38,8 +38,8 @@ class Cost:
         return self.slabs + self.statistics_tasks
 
 
-def cost_of(plan: DenoisePlan) -> Cost:
-    """What the plan will take; reads no voxels."""
+def cost_of(plan: DenoisePlan, at_once: int = 1) -> Cost:
+    """What the plan will take with `at_once` slabs in flight in each worker; reads no voxels."""
     slabs, item = plan.slabs, plan.source.itemsize
     read = sum(slab.read.size for slab in slabs)
     fetched = fetched_voxels(plan.source, (slab.read for slab in slabs))
@@ -53,7 +53,7 @@ def cost_of(plan: DenoisePlan) -> Cost:
         fetched_bytes=(fetched + measured) * item,
         written_bytes=plan.box.size * item,
         flop=flop * plan.box.size * _tile_overhead(plan),
-        worker_bytes=worker_bytes(plan),
+        worker_bytes=worker_bytes(plan, at_once),
         read_amplification=read / plan.box.size,
         chunk_amplification=fetched / plan.box.size,
     )
@@ -70,11 +70,12 @@ def fetched_voxels(volume: Volume, boxes: Iterable[Box]) -> int:
     return total
 
 
-def worker_bytes(plan: DenoisePlan) -> int:
-    """Peak memory of one worker process: itself, its slab in and out, and the largest of what comes one after another.
+def worker_bytes(plan: DenoisePlan, at_once: int = 1) -> int:
+    """Peak memory of one worker process that has `at_once` slabs in flight, of which one computes.
 
-    That is chunks being decoded, one tile's stack with the network's maps, a shard being encoded; or, in the pass
-    before, a box of voxels whose slices are measured in float64.
+    That is itself; a slab in and out with one tile's stack and the network's maps; and for every other slab the larger
+    of its voxels with the chunks that are being decoded, and its result with the shard that is being encoded. Or, in
+    the pass before, boxes of voxels whose slices are measured in float64.
     """
     slab = max(plan.slabs, key=lambda slab: slab.read.size)
     window_y, window_x = (
@@ -83,31 +84,37 @@ def worker_bytes(plan: DenoisePlan) -> int:
     pixels = window_y * window_x
     item = plan.source.itemsize
     voxels_in, voxels_out = slab.read.size * item, slab.keep.size * item
-    decoding = min(DECODED_AT_ONCE * prod(plan.source.chunk), fetched_voxels(plan.source, [slab.read])) * item
+    fetched = fetched_voxels(plan.source, [slab.read])
+    decoding = min(DECODED_AT_ONCE * prod(plan.source.chunk), fetched) * item
+    if plan.source.write_unit != plan.source.chunk:  # what is wanted of a shard comes in one piece
+        decoding += min(DECODED_AT_ONCE * prod(plan.source.write_unit), fetched) * item
     encoding = 2 * min(slab.keep.size, prod(plan.target.write_unit)) * item
     # the tile, normalised in two steps, the estimate, scaled back; in float64 for float voxels
     stack = len(slab.read.z) * pixels * (item + 4 * (8 if plan.source.dtype == "float32" else 4))
     maps = activation_bytes(plan.weights.units, plan.weights.channels, pixels, plan.method.images)
     boxes = statistics_boxes(plan.source, plan.statistics_z)
     measured = max(box.size * item + 16 * len(box.y) * len(box.x) for box in boxes)
-    denoising = voxels_in + max(decoding, voxels_out + max(encoding, stack + maps))
-    return PROCESS_BYTES + max(denoising, measured + min(decoding, measured))
+    computing = voxels_in + voxels_out + stack + maps
+    moving = max(voxels_in + decoding, voxels_out + encoding)
+    denoising = max(computing + (at_once - 1) * moving, at_once * moving)
+    return PROCESS_BYTES + max(denoising, at_once * (measured + min(decoding, measured)))
 
 
-def default_workers(plan: DenoisePlan, on_gpu: bool) -> int:
+def default_workers(plan: DenoisePlan, on_gpu: bool, at_once: int) -> int:
     """As many local workers as cores and memory carry; one on a GPU."""
     if on_gpu:
         return 1
-    fitting = int(0.8 * free_memory_bytes()) // worker_bytes(plan)
+    fitting = int(0.8 * free_memory_bytes()) // worker_bytes(plan, at_once)
     return max(1, min(cores(), fitting, len(plan.slabs)))
 
 
-def refuse_what_cannot_fit(plan: DenoisePlan, workers: int) -> None:
+def refuse_what_cannot_fit(plan: DenoisePlan, workers: int, at_once: int) -> None:
     """Raises InputError if this machine's free memory cannot hold that many workers."""
-    one, free = worker_bytes(plan), free_memory_bytes()
+    one, free = worker_bytes(plan, at_once), free_memory_bytes()
     if workers * one <= free:
         return
-    setting = f"--workers {free // one}" if free >= one else "a smaller --slab (with --shard) or --tile"
+    smaller = "a smaller --slab (with --shard) or --tile" + (", or --no-prefetch" if at_once > 1 else "")
+    setting = f"--workers {free // one}" if free >= one else smaller
     wanted = f"{counted(workers, 'worker')} of {bytes_text(one)}"
     raise InputError(f"{wanted} cannot fit: {bytes_text(free)} of memory are free; use {setting}")
 

@@ -1,5 +1,7 @@
 """What goes wrong in ways a user can mend: each message says what was given, what was expected, what to do."""
 
+from __future__ import annotations
+
 GO_ON = "what is done is kept: run the same command again to go on"
 
 
@@ -17,3 +19,20 @@ class InputError(NrrnError):
 
 class RunError(NrrnError):
     """Something that began could not finish; what a run has done is kept, and the message says what to do next."""
+
+
+class SlabsFailedError(RunError):
+    """Some slabs failed on every attempt, all others are done; the message names each, one a line."""
+
+    exit_status = 3
+
+
+class StorageError(OSError):
+    """Storage refused, or failed on every attempt; no retry helps if `permanent`. Its text never holds a secret."""
+
+    def __init__(self, message: str, permanent: bool = False) -> None:
+        super().__init__(message)
+        self.permanent = permanent
+
+    def __reduce__(self) -> tuple[type[StorageError], tuple[str, bool]]:
+        return type(self), (str(self), self.permanent)

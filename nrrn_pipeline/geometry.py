@@ -76,6 +76,10 @@ class Box:
         """This box as slices of an array that holds `origin`."""
         return self.z.within(origin.z), self.y.within(origin.y), self.x.within(origin.x)
 
+    def shifted(self, origin: Box) -> Box:
+        """The same voxels, counted from the first of `origin`."""
+        return Box(*(Span(a.start - b.start, a.stop - b.start) for a, b in zip(self.spans, origin.spans, strict=True)))
+
     def __str__(self) -> str:
         return ",".join(f"{span.start}:{span.stop}" for span in self.spans)
 
@@ -105,6 +109,19 @@ def boxes_of(box: Box, step: Shape) -> Iterator[Box]:
     for z in spans_of(box.z, step[0]):
         for y in spans_of(box.y, step[1]):
             for x in spans_of(box.x, step[2]):
+                yield Box(z, y, x)
+
+
+def cells_of(box: Box, step: Shape) -> Iterator[Box]:
+    """`box` in the pieces that a grid of `step` voxels, anchored at voxel 0, cuts it into, x fastest."""
+
+    def along(span: Span, size: int) -> Iterator[Span]:
+        for start in range(span.start // size * size, span.stop, size):
+            yield Span(max(start, span.start), min(start + size, span.stop))
+
+    for z in along(box.z, step[0]):
+        for y in along(box.y, step[1]):
+            for x in along(box.x, step[2]):
                 yield Box(z, y, x)
 
 

@@ -1,29 +1,37 @@
 """Which slabs of an output are done, under which settings: one small file a slab, beside the array's chunks.
 
-    DST/0/nrrn/plan.json           the settings that all of its voxels were made with
-    DST/0/nrrn/statistics.json     each slice's mean and std, measured once
-    DST/0/nrrn/slabs/KEY.json      written by the worker after the slab's last voxel
+    DST/0/nrrn/plan.json                 the settings that all of its voxels were made with
+    DST/0/nrrn/statistics.json           each slice's mean and std, measured once
+    DST/0/nrrn/slabs/KEY.*.json          written by the worker after the slab's last voxel
+    DST/0/nrrn/failed/KEY.json           a slab that was set aside, and why
+    DST/0/nrrn/drivers/                  who is at work (lease.py)
 
-Chunk presence says nothing: only a record says "done".
+Chunk presence says nothing: only a record says "done". Its name, KEY.STORED.LENGTH.json, holds the bytes that the
+slab's voxels take in storage and its own length: one listing of records and one of chunks tell what is done, and
+whether any of it was cut short. Every file carries its own checksum.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from math import prod
 from typing import Any
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.planning import DenoisePlan
+from nrrn_pipeline.geometry import Box, boxes_of
+from nrrn_pipeline.planning import DenoisePlan, slab_key
 from nrrn_pipeline.statistics import SliceStatistics
 
 
 @dataclass(frozen=True)
 class Record:
-    """One finished slab. `peak_memory_bytes` is its worker process's so far; `finished` is seconds since 1970."""
+    """One finished slab. `peak_memory_bytes` is its worker process's so far; `finished` is seconds since 1970.
+
+    `objects`: each stored object's key below the array -> its bytes and their CRC-32C.
+    """
 
     key: str
     voxels: int
@@ -31,6 +39,12 @@ class Record:
     finished: float
     worker: str
     peak_memory_bytes: int
+    objects: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    @property
+    def stored_bytes(self) -> int:
+        """What its voxels take in storage."""
+        return sum(size for size, _ in self.objects.values())
 
 
 @dataclass(frozen=True)
@@ -49,15 +63,19 @@ class Ledger:
 
         Raises InputError if another run was faster, with other settings.
         """
-        text = json.dumps({"fingerprint": plan.fingerprint, "settings": plan.settings}, indent=1)
-        if not storage.write_new_file(f"{self.url}/plan.json", text.encode()):
+        if not storage.write_document(f"{self.url}/plan.json", _document_of(plan), new=True):
             self.refuse_others(plan)
+
+    def mend(self, plan: DenoisePlan) -> None:
+        """Write damaged settings again; the output's own attributes must know them to be the plan's."""
+        storage.write_document(f"{self.url}/plan.json", _document_of(plan))
 
     def refuse_others(self, plan: DenoisePlan) -> None:
         """Raises InputError, naming what differs, if the output is gone or was begun with other settings."""
-        if self.settings() is None:
+        settings = self.settings()
+        if settings is None:
             raise InputError(f"{plan.group_url} was deleted or moved under the run")
-        if changes := self.changes(plan):
+        if changes := _changes(settings, plan):
             raise InputError(
                 f"{plan.group_url} was begun with other settings: {'; '.join(changes)}. Give the old settings to "
                 "resume it, another output, or --overwrite to start again"
@@ -65,51 +83,117 @@ class Ledger:
 
     def begun(self) -> bool:
         """Whether a plan has claimed the output."""
-        return storage.exists(f"{self.url}/plan.json")
+        return storage.read_file(f"{self.url}/plan.json") is not None
 
     def settings(self) -> dict[str, Any] | None:
         """The settings it was begun with; None if there is no ledger."""
-        data = storage.read_file(f"{self.url}/plan.json")
-        if data is None:
-            return None
         try:
-            return dict(json.loads(data)["settings"])
-        except (ValueError, KeyError, TypeError) as error:
+            document = storage.read_document(f"{self.url}/plan.json")
+            return None if document is None else dict(document["settings"])
+        except (ValueError, LookupError, TypeError) as error:
             raise InputError(f"{self.url}/plan.json is damaged ({error}): start again with --overwrite") from error
+
+    def slabs(self) -> dict[str, Box]:
+        """The key of every slab of the settings that it was begun with, and the part of the output that it writes.
+
+        Raises InputError if there is no ledger, or it is damaged.
+        """
+        settings = self.settings()
+        try:
+            if settings is None:
+                raise InputError(f"{self.array_url} was not made by nrrn denoise: it has no ledger")
+            whole = Box.parse(settings["roi"])
+            z, y, x = (int(size) for size in settings["slab"])
+            if min(z, y, x) < 1 or min(whole.shape) < 1 or prod(whole.shape) > 2**60:
+                raise ValueError(f"slabs of {z},{y},{x} of {whole}")
+            return {slab_key(keep): keep for keep in boxes_of(whole, (z, y, x))}
+        except (LookupError, ValueError, TypeError, AttributeError) as error:
+            raise InputError(f"{self.url}/plan.json is damaged ({type(error).__name__}: {error})") from error
 
     def changes(self, plan: DenoisePlan) -> list[str]:
         """What differs between the settings that it was begun with and the plan's, a line each."""
-        old, new = self.settings() or {}, plan.settings
-        keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-        return [f"{key} was {old.get(key)}, now {new.get(key)}" for key in keys]
+        return _changes(self.settings() or {}, plan)
 
     def put(self, record: Record) -> None:
         """Record a finished slab."""
-        storage.write_file(f"{self.url}/slabs/{record.key}.json", json.dumps(asdict(record)).encode())
+        data = storage.sealed(asdict(record))
+        storage.write_file(f"{self.url}/slabs/{record.key}.{record.stored_bytes}.{len(data)}.json", data)
 
-    def done(self) -> set[str]:
-        """Keys of all finished slabs, by listing alone."""
-        return {name.removesuffix(".json") for name in storage.list_files(f"{self.url}/slabs")}
+    def done(self) -> dict[str, set[int]]:
+        """Keys of all recorded slabs, with the bytes of voxels that they claim (-1: a record cut short); a listing."""
+        found: dict[str, set[int]] = {}
+        for name, size in storage.list_sizes(f"{self.url}/slabs").items():
+            key, *claims = name.removesuffix(".json").split(".")
+            numbers = [int(claim) for claim in claims if claim.isdecimal() and len(claim) < 20]
+            found.setdefault(key, set()).add(numbers[0] if len(numbers) == 2 and numbers[1] == size else -1)
+        return found
 
-    def records(self) -> Iterator[Record]:
-        """All records that can be read, one by one; one that a power failure emptied is none."""
-        for key in sorted(self.done()):
-            data = storage.read_file(f"{self.url}/slabs/{key}.json")
-            with suppress(ValueError, TypeError):
-                yield Record(**json.loads(data or b""))
+    def torn(self, units: dict[str, set[Box]], stored: dict[Box, int]) -> dict[str, str]:
+        """Slabs that are recorded but not as storage lists them, each with what is wrong.
+
+        `units`: each slab's write units. `stored`: those that storage lists, with their bytes.
+        """
+        wrong = {}
+        for key, claims in self.done().items():
+            if missing := units.get(key, set()) - stored.keys():
+                wrong[key] = f"{len(missing)} of its shards are gone"
+            elif key in units and (found := sum(stored[unit] for unit in units[key])) not in claims:
+                damage = f"its shards have {found} bytes, not the {max(claims)} that were written"
+                wrong[key] = "its record is cut short" if max(claims) < 0 else damage
+        return wrong
+
+    def forget(self, key: str) -> None:
+        """Delete all records of a slab, so that it is denoised again."""
+        for name in storage.list_sizes(f"{self.url}/slabs", beginning=f"{key}."):
+            storage.remove_tree(f"{self.url}/slabs/{name}")
+
+    def record(self, key: str) -> Record:
+        """The record of a slab. Raises ValueError if it is damaged, or there is none."""
+        for name in storage.list_sizes(f"{self.url}/slabs", beginning=f"{key}."):
+            try:
+                document = storage.read_document(f"{self.url}/slabs/{name}") or {}
+                objects = {str(name): (int(size), str(crc)) for name, (size, crc) in document.pop("objects").items()}
+                return Record(**document, objects=objects)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                raise ValueError(f"the record of slab {key} is damaged: {error}") from error
+        raise ValueError(f"slab {key} has no record")
+
+    def put_failure(self, key: str, reason: str) -> None:
+        """Note that a slab was set aside."""
+        storage.write_document(f"{self.url}/failed/{key}.json", {"key": key, "reason": reason})
+
+    def clear_failure(self, key: str) -> None:
+        """It was denoised after all."""
+        storage.remove_tree(f"{self.url}/failed/{key}.json")
+
+    def failed(self) -> set[str]:
+        """Keys of the slabs that were set aside, by listing alone."""
+        return {name.removesuffix(".json") for name in storage.list_sizes(f"{self.url}/failed")}
+
+    def reason(self, key: str) -> str:
+        """Why a slab was set aside."""
+        try:
+            return str((storage.read_document(f"{self.url}/failed/{key}.json") or {}).get("reason", "unknown"))
+        except ValueError as error:
+            return str(error)
 
     def put_statistics(self, statistics: SliceStatistics) -> None:
         """Keep the measured statistics for every later run."""
-        storage.write_file(f"{self.url}/statistics.json", statistics.to_json())
+        storage.write_document(f"{self.url}/statistics.json", asdict(statistics))
 
     def statistics(self) -> SliceStatistics | None:
-        """What put_statistics kept."""
-        data = storage.read_file(f"{self.url}/statistics.json")
-        if data is None:
-            return None
-        try:
-            return SliceStatistics.from_json(data)
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{self.url}/statistics.json is damaged ({error}): start again with --overwrite"
-            ) from error
+        """What put_statistics kept; None if that is missing or damaged: they can be measured again."""
+        with suppress(ValueError, LookupError, TypeError):
+            document = storage.read_document(f"{self.url}/statistics.json")
+            return None if document is None else SliceStatistics.from_dict(document)
+        return None
+
+
+def _document_of(plan: DenoisePlan) -> dict[str, Any]:
+    return {"fingerprint": plan.fingerprint, "settings": plan.settings}
+
+
+def _changes(old: dict[str, Any], plan: DenoisePlan) -> list[str]:
+    new = json.loads(json.dumps(plan.settings))
+    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    return [f"{key} was {old.get(key)}, now {new.get(key)}" for key in keys]

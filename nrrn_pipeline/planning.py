@@ -10,18 +10,20 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
-from nrrn_pipeline import storage
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Cut, Shape, Span, boxes_of, tiles_of
 from nrrn_pipeline.network import reach_of
+from nrrn_pipeline.places import absolute
 from nrrn_pipeline.volume import Volume
 
 ALGORITHM = 1  # raised whenever the same settings would give other voxels than before
 
 CHUNK: Shape = (16, 256, 256)  # 1 MiB of uint8: what a viewer fetches at a time
 SHARD: Shape = (64, 512, 512)  # 16 MiB of uint8: few files, yet one task's worth
+MAX_SLABS = 2**22  # more than fit a driver's memory and a ledger's listing
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,7 @@ class DenoisePlan:
 
     def target_box(self, slab: Slab) -> Box:
         """Where the slab's kept voxels lie in the target."""
-        z, y, x = slab.keep.within(self.box)
-        return Box(Span(z.start, z.stop), Span(y.start, y.stop), Span(x.start, x.stop))
+        return slab.keep.shifted(self.box)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -174,7 +175,7 @@ def plan_denoise(
 
     Raises InputError if the settings cannot give an exact output; reads and writes nothing.
     """
-    group_url = storage.absolute(group_url)
+    group_url = absolute(group_url)
     _refuse_overlap(source.group_url, group_url)
     box = roi or source.box
     for span, bound, axis in zip(box.spans, source.box.spans, "zyx", strict=True):
@@ -185,6 +186,9 @@ def plan_denoise(
     target = _target_volume(source, group_url, box, layout)
     slab = layout.slab or target.write_unit
     _refuse_unaligned(slab, target)
+    slabs = prod(-(-length // size) for length, size in zip(box.shape, slab, strict=True))
+    if slabs > MAX_SLABS:
+        raise InputError(f"{slabs} slabs of {slab} are too many to keep account of: use a larger --slab, or a --roi")
     reach = weights.reach
     halo = reach if layout.halo is None else layout.halo
     if halo < reach:

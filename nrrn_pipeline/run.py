@@ -1,132 +1,45 @@
-"""Running a plan: check the output, measure statistics, denoise what is not done, and check that all is.
-
-A runner takes a task and its items, in any order, on any machines, and gives an outcome for each. `run_serially` is
-the specification; the Dask runner must be told apart from it by speed alone.
-"""
+"""Running a plan: check the output, measure statistics, denoise what is not done, and check that all is."""
 
 from __future__ import annotations
 
-import errno
 import platform
-from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from typing import Any, Protocol, cast
-
-import distributed
-from distributed.comm.core import CommClosedError
+from time import monotonic
+from typing import Any, cast
 
 from nrrn_pipeline import storage
-from nrrn_pipeline.errors import GO_ON, InputError, NrrnError, RunError
+from nrrn_pipeline.errors import GO_ON, InputError, RunError, SlabsFailedError
 from nrrn_pipeline.geometry import Box, Span, boxes_of
+from nrrn_pipeline.lease import LEASE_S, Lease, wait_for_end
 from nrrn_pipeline.ledger import Ledger, Record
 from nrrn_pipeline.planning import DenoisePlan, Slab
+from nrrn_pipeline.retrying import reason_of
+from nrrn_pipeline.runners import Outcome, Runner, raise_permanent
 from nrrn_pipeline.slab import SlabTask, denoise_slab
 from nrrn_pipeline.statistics import MeasuredBox, SliceStatistics, measure_box, merge_boxes, statistics_boxes
 from nrrn_pipeline.volume import Volume, create_volume, get_provenance, is_zarr, set_provenance, stored_units
 
-ATTEMPTS = 3  # of one item before it is set aside
-POLL_S = 5.0  # how often a driver that waits looks whether there is anybody to wait for
-PATIENCE_S = 300.0  # without any worker, before a run is given up
-_PERMANENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one item: a result, or the error of its last attempt."""
-
-    item: Any
-    result: Any = None
-    error: BaseException | None = None
-
-
-class Runner(Protocol):
-    """Runs a task on every item; an error that no retry can mend is raised at once, as RunError or InputError."""
-
-    def __call__(self, task: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Outcome]:
-        """One outcome an item, in any order."""
+BREAKER = 5  # slabs that fail one after the other for one reason before a run is stopped
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: slices' boxes measured, or slabs denoised; `voxels` are those done by this run."""
+    """How far a run is: slices' boxes measured, or slabs denoised; `voxels` are those done by this run.
+
+    `note`: something that the user should know, and that the run has dealt with.
+    """
 
     stage: str
     done: int
     total: int
     voxels: int = 0
     record: Record | None = None
-
-
-def run_serially(task: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Outcome]:
-    """One item after the other, in this process."""
-    for item in items:
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                outcome = Outcome(item, task(item))
-            except Exception as error:
-                _raise_permanent(error)
-                outcome = Outcome(item, error=error)
-                if attempt < ATTEMPTS:
-                    continue
-            yield outcome
-            break
-
-
-@dataclass(frozen=True)
-class DaskRunner:
-    """Items as single futures on a Dask cluster, a bounded number of them at a time: no graph, no voxels sent."""
-
-    client: distributed.Client
-
-    def __call__(self, task: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Outcome]:
-        """One outcome an item, as they finish. Whatever is in flight when the caller stops asking is cancelled."""
-        waiting = ((item, 1) for item in items)
-        again: list[tuple[Any, int]] = []
-        running: dict[Any, tuple[Any, int]] = {}
-        try:
-            resources = self._resources()
-            while True:
-                while len(running) < self._at_once() and (entry := again.pop() if again else next(waiting, None)):
-                    running[self.client.submit(task, entry[0], pure=False, resources=resources)] = entry
-                if not running:
-                    return
-                for future in self._finished(list(running)):
-                    item, attempt = running.pop(future)
-                    error = future.exception()
-                    if error is None:
-                        yield Outcome(item, future.result())
-                        continue
-                    _raise_permanent(error)
-                    if attempt < ATTEMPTS:
-                        again.append((item, attempt + 1))
-                    else:
-                        yield Outcome(item, error=error)
-        except (distributed.CancelledError, CommClosedError) as error:
-            raise RunError(f"the Dask scheduler is gone or was restarted; {GO_ON}") from error
-        finally:
-            self.client.cancel(list(running))
-
-    def _finished(self, running: list[Any]) -> list[Any]:
-        """Some that have ended, as soon as there are any. Raises RunError if no worker is left to end them."""
-        deserted_s = 0.0
-        while deserted_s < PATIENCE_S:
-            try:
-                return list(distributed.wait(running, timeout=POLL_S, return_when="FIRST_COMPLETED").done)
-            except TimeoutError:
-                deserted_s = 0.0 if self.client.nthreads() else deserted_s + POLL_S
-        raise RunError(f"the cluster has had no worker for {PATIENCE_S:.0f} s: start some; {GO_ON}")
-
-    def _at_once(self) -> int:
-        """One item a thread: one that waits behind another is suspected too when that kills their worker."""
-        return max(1, sum(int(threads) for threads in self.client.nthreads().values()))
-
-    def _resources(self) -> dict[str, int] | None:
-        """One GPU a task, on a cluster whose workers declare GPUs."""
-        workers = self.client.scheduler_info()["workers"].values()
-        return {"GPU": 1} if any("GPU" in worker.get("resources", {}) for worker in workers) else None
+    note: str = ""
 
 
 def run_plan(plan: DenoisePlan, runner: Runner, device: str = "auto", overwrite: bool = False) -> Iterator[Progress]:
@@ -135,11 +48,14 @@ def run_plan(plan: DenoisePlan, runner: Runner, device: str = "auto", overwrite:
     `overwrite` deletes an output that exists, but not an unfinished one with the same settings: that is resumed, so
     that a job which is started again by the same command always gets further.
 
-    Raises InputError if the output exists and was made otherwise (unless `overwrite`), or the source holds NaN; nothing
-    is written then. Raises RunError if a slab failed on every attempt or storage is full: what is done is kept.
+    Raises InputError if the output exists and was made otherwise (unless `overwrite`), another driver is at work on it,
+    or the source holds NaN; nothing is written then. Raises SlabsFailedError if slabs failed on every attempt,
+    RunError if storage refuses, or one slab after the other fails for one reason: what is done is kept.
     """
     check_output(plan, overwrite)
     ledger = Ledger(plan.target.url)
+    for waited in wait_for_end(ledger.url):
+        yield _waiting(waited)
     replacing = overwrite and storage.exists(plan.group_url) and not _resumable(plan)
     statistics = None if replacing else ledger.statistics()
     if statistics is None:
@@ -147,12 +63,21 @@ def run_plan(plan: DenoisePlan, runner: Runner, device: str = "auto", overwrite:
     else:
         _refuse_changed_source(plan, statistics)
     _claim_output(plan, statistics, replacing)
-    create_volume(plan.target, _provenance(plan))
-    used = statistics.pooled() if plan.method.statistics == "volume" else statistics
+    lease, state = Lease(ledger.url), "interrupted"
+    for waited in lease.take():
+        yield _waiting(waited)
     try:
-        yield from _slabs(plan, used, runner, device)
+        create_volume(plan.target, _provenance(plan))
+        yield from _slabs(plan, statistics, runner, device, lease)
+        state = "complete"
     except InputError as error:  # of a worker: weights, device or output are not the planned ones there
+        state = "failed"
         raise RunError(f"{error}. Mend this; {GO_ON}") from error
+    except Exception:
+        state = "failed"
+        raise
+    finally:
+        lease.release(state)
     provenance = get_provenance(plan.group_url) or {}
     if provenance.get("state") != "complete":
         set_provenance(plan.group_url, provenance | {"state": "complete", "completed": _now()})
@@ -164,24 +89,43 @@ def check_output(plan: DenoisePlan, overwrite: bool = False) -> None:
     Raises InputError; leaves all as it was.
     """
     url, ledger = plan.group_url, Ledger(plan.target.url)
-    if overwrite:
-        if storage.exists(url) and not ledger.begun() and not is_zarr(url):
-            raise InputError(f"{url} is no Zarr and is not overwritten: delete it yourself, or choose another output")
-    elif ledger.begun():
-        ledger.refuse_others(plan)
-    elif storage.exists(url):
-        raise InputError(f"{url} exists and was not made by nrrn denoise: choose another output, or --overwrite")
     try:
+        if overwrite:
+            if storage.exists(url) and not ledger.begun() and not is_zarr(url):
+                raise InputError(
+                    f"{url} is no Zarr and is not overwritten: delete it yourself, or choose another output"
+                )
+        elif ledger.begun():
+            if not _damaged_but_ours(plan):
+                ledger.refuse_others(plan)
+        elif storage.exists(url):
+            raise InputError(f"{url} exists and was not made by nrrn denoise: choose another output, or --overwrite")
         storage.check_writable(url)
     except OSError as error:
         raise InputError(f"the output {url} cannot be written: {error.strerror or error}; choose another") from error
+
+
+def _damaged_but_ours(plan: DenoisePlan) -> bool:
+    """Whether the ledger's settings cannot be read, but the output's own attributes say that they are the plan's."""
+    try:
+        Ledger(plan.target.url).settings()
+    except InputError:
+        return _provenance_fits(plan)
+    return False
+
+
+def _provenance_fits(plan: DenoisePlan) -> bool:
+    try:
+        return (get_provenance(plan.group_url) or {}).get("fingerprint") == plan.fingerprint
+    except InputError:  # no Zarr, as when it was killed before the group was made, or damaged
+        return False
 
 
 def _resumable(plan: DenoisePlan) -> bool:
     """Whether an output that exists is this plan's, and unfinished."""
     try:
         state = (get_provenance(plan.group_url) or {}).get("state")
-        return state == "unfinished" and not Ledger(plan.target.url).changes(plan)
+        return state == "unfinished" and (_damaged_but_ours(plan) or not Ledger(plan.target.url).changes(plan))
     except InputError:  # no Zarr, as when it was killed before the group was made, or damaged: nothing to keep
         return False
 
@@ -204,15 +148,16 @@ def _claim_output(plan: DenoisePlan, statistics: SliceStatistics, replacing: boo
     ledger = Ledger(plan.target.url)
     try:
         if replacing:
-            if storage.exists(ledger.url):
-                storage.remove_tree(ledger.url)  # first: a record must never outlive its voxels
+            storage.remove_tree(ledger.url)  # first: a record must never outlive its voxels
             storage.remove_tree(plan.group_url)
+        elif ledger.begun() and _damaged_but_ours(plan):
+            ledger.mend(plan)
         ledger.begin(plan)
         if ledger.statistics() is None:
             ledger.put_statistics(statistics)
         storage.remove_partials(plan.group_url)
     except OSError as error:
-        _raise_permanent(error)
+        raise_permanent(error, f"the output {plan.group_url}")
         raise
 
 
@@ -232,30 +177,92 @@ def measured(source: Volume, outcome: Outcome) -> MeasuredBox:
     if outcome.error is None:
         return cast("MeasuredBox", outcome.result)
     raise RunError(
-        f"{source.url} cannot be read at voxels {outcome.item}: {_line(outcome.error)}. Repair it there, or leave that "
-        "part out with --roi"
+        f"{source.url} cannot be read at voxels {outcome.item}: {reason_of(outcome.error)}. Repair it there, or leave "
+        "that part out with --roi"
     ) from outcome.error
 
 
-def _slabs(plan: DenoisePlan, statistics: SliceStatistics, runner: Runner, device: str) -> Iterator[Progress]:
-    """Denoise every slab that the ledger lacks."""
+def _slabs(
+    plan: DenoisePlan, statistics: SliceStatistics, runner: Runner, device: str, lease: Lease
+) -> Iterator[Progress]:
+    """Denoise every slab that is not recorded, or not stored as its record says."""
     slabs, ledger = plan.slabs, Ledger(plan.target.url)
-    recorded, stored = ledger.done(), stored_units(plan.target)
-    left = [slab for slab in slabs if slab.key not in recorded or not stored >= units_of(plan, slab)]
-    tasks = (SlabTask(slab, statistics.of(slab.read.z)) for slab in left)
-    done, voxels, failed = len(slabs) - len(left), 0, []
-    yield Progress("denoising", done, len(slabs))
+    units = {slab.key: units_of(plan, slab) for slab in slabs}
+    for key, wrong in ledger.torn(units, stored_units(plan.target)).items():
+        ledger.forget(key)
+        yield Progress("denoising", 0, len(slabs), note=f"slab {key}: {wrong}; it is denoised again")
+    recorded, failed_before = ledger.done(), ledger.failed()
+    left = [slab for slab in slabs if slab.key not in recorded]
+    used = statistics.pooled() if plan.method.statistics == "volume" else statistics
+    tasks = (SlabTask(slab, used.of(slab.read.z)) for slab in left)
+    tally = _Tally(len(slabs), len(slabs) - len(left))
+    yield tally.progress()
     for outcome in runner(partial(denoise_slab, plan, device), tasks):
+        lease.check()
+        key = outcome.item.slab.key
         if outcome.error is not None:
-            failed.append(f"{outcome.item.slab.key}: {_line(outcome.error)}")
-            continue
-        done, voxels = done + 1, voxels + outcome.result.voxels
-        yield Progress("denoising", done, len(slabs), voxels, outcome.result)
-    if failed:
-        some = "; ".join(failed[:5])
-        raise RunError(f"{len(failed)} of {len(slabs)} slabs failed every time: {some}. All others are done; {GO_ON}")
-    if missing := {slab.key for slab in slabs} - ledger.done():
+            ledger.put_failure(key, reason_of(outcome.error))
+        elif key in failed_before:
+            ledger.clear_failure(key)
+        tally.add(key, outcome)
+        lease.facts.update(tally.facts())
+        if outcome.error is None:
+            yield tally.progress(outcome.result)
+    tally.refuse_failures()
+    if missing := {slab.key for slab in slabs} - ledger.done().keys():
         raise RunError(f"{len(missing)} slabs have no record, such as {min(missing)}; {GO_ON}")
+    if torn := ledger.torn(units, stored_units(plan.target)):
+        raise RunError(f"{len(torn)} slabs were damaged meanwhile, such as {min(torn)}; {GO_ON}")
+
+
+@dataclass
+class _Tally:
+    """How many slabs are done, and which failed and why."""
+
+    total: int
+    before: int  # done before this run
+    voxels: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    in_a_row: list[str] = field(default_factory=list)  # failed slabs since the last that was done
+    started: float = field(default_factory=monotonic)
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self.done = self.before
+
+    def add(self, key: str, outcome: Outcome) -> None:
+        """Count one slab. Raises RunError if BREAKER of them, one after the other, failed for one reason."""
+        if outcome.error is None:
+            self.done, self.voxels, self.in_a_row = self.done + 1, self.voxels + outcome.result.voxels, []
+            return
+        self.failed[key] = reason_of(outcome.error)
+        alike = self.in_a_row and _kind(self.failed[self.in_a_row[-1]]) == _kind(self.failed[key])
+        self.in_a_row = [*self.in_a_row, key] if alike else [key]
+        if len(self.in_a_row) >= BREAKER:
+            raise RunError(
+                f"stopped: {len(self.in_a_row)} slabs one after the other failed for one reason, "
+                f"{self.failed[key]} ({', '.join(self.in_a_row)}). Mend this; {GO_ON}"
+            )
+
+    def progress(self, record: Record | None = None) -> Progress:
+        return Progress("denoising", self.done, self.total, self.voxels, record)
+
+    def facts(self) -> dict[str, Any]:
+        """What nrrn status shows."""
+        return {"slabs": self.done - self.before, "voxels": self.voxels, "seconds": monotonic() - self.started}
+
+    def refuse_failures(self) -> None:
+        """Raises SlabsFailedError if any failed."""
+        if self.failed:
+            lines = "".join(f"\nslab {key}: {reason}" for key, reason in sorted(self.failed.items()))
+            raise SlabsFailedError(
+                f"{len(self.failed)} of {self.total} slabs failed every time. All others are done; {GO_ON}{lines}"
+            )
+
+
+def _kind(reason: str) -> str:
+    """A reason without the words that hold numbers or paths: the same for all slabs that fail alike."""
+    return re.sub(r"\S*[/\d]\S*", "", reason)
 
 
 def units_of(plan: DenoisePlan, slab: Slab) -> set[Box]:
@@ -263,17 +270,8 @@ def units_of(plan: DenoisePlan, slab: Slab) -> set[Box]:
     return set(boxes_of(plan.target_box(slab), plan.target.write_unit))
 
 
-def _raise_permanent(error: BaseException) -> None:
-    """Raise what no retry can mend."""
-    if isinstance(error, NrrnError):
-        raise error
-    if isinstance(error, OSError) and error.errno in _PERMANENT:
-        where = f" ({error.filename})" if error.filename else ""
-        raise RunError(f"storage refused a read or write: {error.strerror}{where}. Mend this; {GO_ON}") from error
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def _waiting(waited: float) -> Progress:
+    return Progress("waiting for another driver's lease", int(waited), int(LEASE_S))
 
 
 def _now() -> str:
@@ -288,5 +286,6 @@ def _provenance(plan: DenoisePlan) -> dict[str, Any]:
         "fingerprint": plan.fingerprint,
         "settings": plan.settings,
         "weights": plan.weights.path,
+        "source group": plan.source.group_url,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
     }

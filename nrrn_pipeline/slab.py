@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from time import perf_counter, time
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nrrn_pipeline.errors import RunError
+from nrrn_pipeline import storage
+from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.geometry import Span
 from nrrn_pipeline.ledger import Ledger, Record
 from nrrn_pipeline.machine import peak_memory_bytes
-from nrrn_pipeline.network import Network, load_network
-from nrrn_pipeline.planning import DenoisePlan, Slab
+from nrrn_pipeline.network import MAX_BYTES, NO_WEIGHTS, Network, bytes_hash, in_slot, parse_weights
+from nrrn_pipeline.planning import DenoisePlan, Slab, Weights
 from nrrn_pipeline.statistics import SliceStatistics
 from nrrn_pipeline.volume import read_box, write_box
+
+# one slab computes at a time: with two in a process, the other is read, or written, meanwhile
+_computing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,9 @@ class SlabTask:
     slab: Slab
     statistics: SliceStatistics
 
+    def __str__(self) -> str:
+        return f"slab {self.slab.key}"
+
 
 def denoise_slab(plan: DenoisePlan, device: str, task: SlabTask) -> Record:
     """Denoise one slab from storage to storage, then record it; safe to do twice, anywhere, in any order.
@@ -41,13 +50,15 @@ def denoise_slab(plan: DenoisePlan, device: str, task: SlabTask) -> Record:
     numbers that are not finite, and whatever storage raises.
     """
     started = perf_counter()
-    weights, slab = plan.weights, task.slab
-    network = load_network(weights.path, weights.sha256, device, plan.method.images)
+    slab = task.slab
+    network = load_network(plan.weights, device, plan.method.images)
     noisy = read_box(plan.source, slab.read)
-    denoised = denoise_voxels(noisy, task, network, plan.tile, plan.halo)
+    with _computing:
+        denoised = denoise_voxels(noisy, task, network, plan.tile, plan.halo)
+    del noisy  # the next slab may be on its way
     ledger = Ledger(plan.target.url)
     ledger.refuse_others(plan)  # as late as can be: a task may outlive the run that sent it
-    write_box(plan.target, plan.target_box(slab), denoised)
+    objects = write_box(plan.target, plan.target_box(slab), denoised)
     record = Record(
         key=slab.key,
         voxels=slab.keep.size,
@@ -55,9 +66,40 @@ def denoise_slab(plan: DenoisePlan, device: str, task: SlabTask) -> Record:
         finished=time(),
         worker=f"{socket.gethostname()}:{os.getpid()}",
         peak_memory_bytes=peak_memory_bytes(),
+        objects=objects,
     )
     ledger.put(record)  # last: a slab is done when, and only when, it is recorded
     return record
+
+
+def read_weights(url: str) -> bytes:
+    """A weights file, from a path or any URL. Raises InputError if there is none, or it is too large for one."""
+    data = storage.read_agreed(url, MAX_BYTES)
+    if data is None:
+        raise InputError(NO_WEIGHTS.format(url))
+    if len(data) == MAX_BYTES:
+        raise InputError(f"{url} is no weights file: it has {MAX_BYTES} bytes or more")
+    return data
+
+
+def load_network(weights: Weights, device: str, images: int) -> Network:
+    """The network of a plan's weights, loaded once a process.
+
+    Raises InputError if the file is not the one that was planned with: a worker that sees another file under the same
+    path would otherwise write slabs that do not fit the rest.
+    """
+    with _computing:  # once, though two slabs may begin at a time
+        return _loaded(weights, device, images)
+
+
+@lru_cache(maxsize=1)
+def _loaded(weights: Weights, device: str, images: int) -> Network:
+    data = read_weights(weights.path)
+    if (found := bytes_hash(data)) != weights.sha256:
+        raise InputError(
+            f"weights {weights.path} have hash {found[:12]} here, but the run was planned with {weights.sha256[:12]}"
+        )
+    return in_slot(parse_weights(data, weights.path), device, images)
 
 
 def denoise_voxels(noisy: NDArray[Any], task: SlabTask, network: Network, tile: int, halo: int) -> NDArray[Any]:

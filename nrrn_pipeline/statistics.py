@@ -6,9 +6,8 @@ depend on which worker was first.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -64,15 +63,13 @@ class SliceStatistics:
             self.first_z, (mean,) * len(self.mean), tuple(std if own > 0 else 0.0 for own in self.std)
         )
 
-    def to_json(self) -> bytes:
-        """Exact to the last bit: JSON writes floats so that they read back equal."""
-        return json.dumps(asdict(self)).encode()
-
     @classmethod
-    def from_json(cls, data: bytes) -> Self:
-        """What to_json wrote."""
-        fields = json.loads(data)
-        return cls(int(fields["first_z"]), tuple(fields["mean"]), tuple(fields["std"]))
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """The inverse of dataclasses.asdict, also by way of JSON, which keeps floats to the last bit."""
+        mean, std = (tuple(float(value) for value in fields[name]) for name in ("mean", "std"))
+        if len(mean) != len(std):
+            raise ValueError(f"{len(mean)} means and {len(std)} standard deviations")
+        return cls(int(fields["first_z"]), mean, std)
 
 
 def statistics_boxes(volume: Volume, z: Span) -> tuple[Box, ...]:

@@ -1,41 +1,56 @@
-"""Small files beside a volume, on a local path or any fsspec URL: whole files in, whole files out."""
+"""Small whole files beside a volume, on a local path or any fsspec URL: retried, and never absent by mistake."""
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import fsspec
+import google_crc32c
 
+from nrrn_pipeline.errors import StorageError
+from nrrn_pipeline.places import can_list, files_of
+from nrrn_pipeline.retrying import retried
 
-def absolute(url: str | os.PathLike[str]) -> str:
-    """The URL, or the absolute path with links resolved, without a trailing slash."""
-    url = os.fspath(url).removeprefix("file://")
-    if "://" in url:
-        return url.rstrip("/")
-    return os.path.realpath(os.path.expanduser(url))
+_NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+_REREADS = 4
 
 
 def write_file(url: str, data: bytes) -> None:
     """Write a whole file, over one that exists; nobody ever sees a part of it."""
-    files, path = _resolve(url)
-    if "://" in url:
-        files.pipe_file(path, data)  # an object appears whole or not at all
-    else:
-        _write_aside(path, data, os.replace)
+
+    def request(fresh: bool) -> None:
+        files, path = files_of(url, fresh)
+        if "://" in url:
+            files.pipe_file(path, data)  # an object appears whole or not at all
+        else:
+            _write_aside(path, data, os.replace)
+
+    retried(url, request)
 
 
 def write_new_file(url: str, data: bytes) -> bool:
-    """Write a whole file unless there is one; whether it was written. Of several writers at a time one succeeds."""
-    files, path = _resolve(url)
-    try:
-        if "://" in url:
+    """Write a whole file unless there is one; whether it was written. Of several writers at a time one succeeds.
+
+    False may also mean that our own write succeeded, but its answer was lost: look what is there.
+    """
+
+    def request(fresh: bool) -> None:
+        files, path = files_of(url, fresh)
+        if "://" not in url:
+            return _write_aside(path, data, os.link)
+        try:
             files.pipe_file(path, data, mode="create")
-        else:
-            _write_aside(path, data, os.link)
+        except OSError as error:
+            if "PreconditionFailed" in f"{error.__cause__}":
+                raise FileExistsError(url) from error
+            raise
+
+    try:
+        retried(url, request)
     except FileExistsError:
         return False
     return True
@@ -48,49 +63,168 @@ def _write_aside(path: str, data: bytes, place: Callable[[str, str], None]) -> N
     try:
         with open(partial, "wb") as file:
             file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # else a power failure may leave the name without the bytes
         place(partial, path)
     finally:
         with suppress(FileNotFoundError):  # it may never have been made, or be in its place
             os.unlink(partial)
 
 
-def read_file(url: str, last: int | None = None) -> bytes | None:
-    """The file's bytes, or no more than its `last` ones; None if, and only if, there is no such file."""
-    files, path = _resolve(url)
+def read_file(url: str, start: int = 0, stop: int | None = None) -> bytes | None:
+    """The file's bytes from `start` (if negative, from the end) up to `stop`, or to its end; None if there is no file.
+
+    A file that storage lists but does not find is an error, never None.
+    """
+
+    def request(fresh: bool) -> bytes:
+        files, path = files_of(url, fresh)
+        try:
+            if start == 0 and stop is None:
+                return bytes(files.cat_file(path))
+            return bytes(files.cat_file(path, start=start, end=stop))
+        except _NOT_THERE:
+            if listed(url):
+                raise StorageError(f"{url}: storage lists it but does not find it") from None
+            raise
+        except OSError as error:
+            if "not satisfiable" in f"{error}".lower():
+                return b""  # S3's answer to a range that begins beyond the object's end
+            raise
+
     try:
-        start = None if last is None else max(0, files.size(path) - last)
-        data: bytes = files.cat_file(path, start=start)
-    except (FileNotFoundError, NotADirectoryError):
+        data = retried(url, request)
+    except _NOT_THERE:
         return None
-    return data
+    ignored_range = not can_list(url) and stop is not None and len(data) > stop - start  # some web servers do
+    return data[start:stop] if ignored_range else data
 
 
-def list_files(url: str) -> Iterator[str]:
-    """Names of the whole files in a folder, in no order; none if there is no such folder."""
-    files, path = _resolve(url)
-    files.invalidate_cache()
+def read_agreed(url: str, limit: int) -> bytes | None:
+    """A file's bytes, `limit` at most; None if there is no such file.
+
+    Read until two readings agree: of a file without a checksum a flipped byte would go unnoticed.
+    """
+    before = read_file(url, 0, limit)
+    for _ in range(_REREADS):
+        now = read_file(url, 0, limit)
+        if now == before:
+            return now
+        before = now
+    raise StorageError(f"{url}: each of {_REREADS + 1} readings gave other bytes")
+
+
+def write_document(url: str, document: dict[str, Any], new: bool = False) -> bool:
+    """Write JSON with its own checksum; `new`: unless there is a file. Whether it was written."""
+    data = sealed(document)
+    if new:
+        return write_new_file(url, data)
+    write_file(url, data)
+    return True
+
+
+def sealed(document: dict[str, Any]) -> bytes:
+    """JSON that holds its own checksum, under crc32c."""
+    return json.dumps({"crc32c": _checksum(document), **document}).encode()
+
+
+def read_document(url: str) -> dict[str, Any] | None:
+    """What write_document wrote; None if there is no such file.
+
+    Raises ValueError if it was damaged or cut short, as several readings agree.
+    """
+    for _ in range(_REREADS):
+        data = read_file(url)
+        if data is None:
+            return None
+        with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            document = json.loads(data)
+            if document.pop("crc32c") == _checksum(document):
+                return dict(document)
+    raise ValueError(f"{url} is damaged: what is in it does not fit its checksum")
+
+
+def _checksum(document: dict[str, Any]) -> str:
+    return crc32c(json.dumps(document, sort_keys=True).encode())  # of tuples and lists alike
+
+
+def crc32c(data: bytes | memoryview) -> str:
+    """The CRC-32C checksum (Castagnoli, RFC 3720), 8 hexadecimal digits."""
+    return f"{google_crc32c.value(bytes(data)):08x}"
+
+
+def listed(url: str) -> bool:
+    """Whether storage lists the file in its folder; no, where nothing can be listed."""
+    if not can_list(url):
+        return False
+    folder, _, name = url.rpartition("/")
+    return any(found == name for found in list_sizes(folder, beginning=name))
+
+
+def list_sizes(url: str, beginning: str = "") -> dict[str, int]:
+    """Names of the whole files in a folder, those that begin so, with their bytes; none if there is no such folder."""
+
+    def request(fresh: bool) -> list[dict[str, Any]]:
+        files, path = files_of(url, fresh)
+        files.invalidate_cache()
+        if beginning and url.startswith("s3://"):  # S3 looks for it, instead of listing all
+            return list(files.find(path, prefix=beginning, maxdepth=1, detail=True).values())
+        return list(files.ls(path, detail=True))
+
+    return _sizes(url, request, lambda name: name.rpartition("/")[2], beginning)
+
+
+def list_folders(url: str) -> list[str]:
+    """Names of the folders right below a folder; none if there is no such folder."""
+
+    def request(fresh: bool) -> list[dict[str, Any]]:
+        files, path = files_of(url, fresh)
+        files.invalidate_cache()
+        return list(files.ls(path, detail=True))
+
     try:
-        entries = files.ls(path, detail=True)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    for entry in entries:
-        name = entry["name"].rpartition("/")[2]
-        if entry["type"] == "file" and not name.endswith(".partial"):
-            yield name
+        entries = retried(url, request)
+    except _NOT_THERE:
+        return []
+    return [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
 
 
-def list_tree(url: str) -> list[str]:
-    """Paths of all files below a folder, relative to it; none if there is no such folder."""
-    files, path = _resolve(url)
-    files.invalidate_cache()
-    return [str(found).removeprefix(path).lstrip("/") for found in files.find(path)]
+def list_tree(url: str) -> dict[str, int]:
+    """Paths of all whole files below a folder, relative to it, with their bytes; none if there is no such folder."""
+    root = files_of(url)[1]
+
+    def request(fresh: bool) -> list[dict[str, Any]]:
+        files, path = files_of(url, fresh)
+        files.invalidate_cache()
+        return list(files.find(path, detail=True).values())
+
+    return _sizes(url, request, lambda name: name.removeprefix(root).lstrip("/"))
+
+
+def _sizes(
+    url: str, request: Callable[[bool], list[dict[str, Any]]], naming: Callable[[str], str], beginning: str = ""
+) -> dict[str, int]:
+    try:
+        entries = retried(url, request)
+    except _NOT_THERE:
+        return {}
+    named = {naming(entry["name"]): entry for entry in entries if entry["type"] == "file"}
+    return {
+        name: entry["size"]
+        for name, entry in named.items()
+        if name.startswith(beginning) and not name.endswith((".partial", "/")) and name  # "": a folder's mark
+    }
 
 
 def exists(url: str) -> bool:
-    """Whether there is a file or a folder that is not empty."""
-    files, path = _resolve(url)
-    files.invalidate_cache()
-    return bool(files.exists(path)) and not (files.isdir(path) and not files.ls(path))
+    """Whether there is a file, or a folder with a file somewhere in it."""
+
+    def request(fresh: bool) -> bool:
+        files, path = files_of(url, fresh)
+        files.invalidate_cache()
+        return files.isfile(path) or any(any(names) for _, _, names in files.walk(path))  # "": a folder's mark
+
+    return retried(url, request)
 
 
 def check_writable(url: str) -> None:
@@ -106,6 +240,8 @@ def check_writable(url: str) -> None:
     try:
         write_file(probe, b"")
         remove_tree(probe)
+    except NotImplementedError as error:
+        raise StorageError(f"{url}: this kind of storage is read-only", permanent=True) from error
     finally:
         for folder in missing:
             with suppress(FileNotFoundError):  # writing may have failed before it was made
@@ -127,11 +263,12 @@ def remove_partials(url: str) -> None:
 
 
 def remove_tree(url: str) -> None:
-    """Delete a folder with all in it."""
-    files, path = _resolve(url)
-    files.rm(path, recursive=True)
+    """Delete a file, or a folder with all in it; nothing if there is none."""
 
+    def request(fresh: bool) -> None:
+        files, path = files_of(url, fresh)
+        files.invalidate_cache()
+        files.rm(path, recursive=True)
 
-def _resolve(url: str) -> tuple[Any, str]:
-    files, path = fsspec.core.url_to_fs(url)
-    return files, path
+    with suppress(*_NOT_THERE):
+        retried(url, request)

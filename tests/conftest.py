@@ -1,6 +1,25 @@
-"""Before torch is imported, here and in every process that tests start."""
+"""Before torch is imported, here and in every process that tests start; and the object stores of a session."""
 
 import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.servers import ObjectStore, moto, seaweedfs
 
 # tests' tensors are small: a second thread saves nothing, and while it waits it spins on a core that a worker needs
 os.environ["OMP_NUM_THREADS"] = "1"
+for name in [name for name in os.environ if name.startswith("AWS_")]:
+    del os.environ[name]  # tests see nothing of the machine's own cloud
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
+    with seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as store:
+        yield store
+
+
+@pytest.fixture(scope="session")
+def moto_s3() -> Iterator[ObjectStore]:
+    with moto() as store:
+        yield store

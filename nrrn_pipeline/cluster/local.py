@@ -1,4 +1,4 @@
-"""Dask on this machine: one process a worker, one task at a time in each."""
+"""Dask on this machine: one process a worker, one slab or a few at a time in each."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ DASHBOARD_PORT = 8787
 
 
 @contextmanager
-def local_client(workers: int) -> Iterator[Client]:
-    """A client of `workers` new processes that share the machine's cores; on loopback; gone when the block ends."""
+def local_client(workers: int, slabs_each: int = 1) -> Iterator[Client]:
+    """A client of `workers` new processes that share the machine's cores; gone when the block ends.
+
+    Each has `slabs_each` slabs in flight: while one computes, the next is read. All of them listen on loopback alone,
+    where other users of this machine can reach them.
+    """
     settings = {
         "distributed.worker.multiprocessing-method": "spawn",
         # else a worker that is being restarted just then is dropped, and with the last one the run would hang
@@ -27,16 +31,16 @@ def local_client(workers: int) -> Iterator[Client]:
         "distributed.worker.preload": ["nrrn_pipeline.cluster.worker"],
         "distributed.nanny.pre-spawn-environ": _environment(workers),
     }
-    with dask.config.set(settings), _started(workers) as cluster, Client(cluster) as client:
+    with dask.config.set(settings), _started(workers, slabs_each) as cluster, Client(cluster) as client:
         yield client
 
 
 @contextmanager
-def _started(workers: int) -> Iterator[LocalCluster]:
+def _started(workers: int, slabs_each: int) -> Iterator[LocalCluster]:
     try:
         cluster = LocalCluster(
             n_workers=workers,
-            threads_per_worker=1,
+            threads_per_worker=slabs_each,
             processes=True,
             memory_limit=0,  # the plan bounds memory before the run; nothing here can be spilled
             host="127.0.0.1",

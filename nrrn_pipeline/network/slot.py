@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from time import perf_counter
 from typing import Protocol
 
@@ -13,7 +12,6 @@ from numpy.typing import NDArray
 
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.network.nrrn import NRRN
-from nrrn_pipeline.network.weights import load_weights, weights_hash
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -62,18 +60,6 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("device cuda was asked for, but torch sees no GPU here: use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-@lru_cache(maxsize=1)
-def load_network(path: str, sha256: str, device: str, images: int) -> TorchNetwork:
-    """The network of a weights file, loaded once a process.
-
-    Raises InputError if the file is not the one that was planned with: a worker that sees another file under the same
-    path would otherwise write slabs that do not fit the rest.
-    """
-    if (found := weights_hash(path)) != sha256:
-        raise InputError(f"weights {path} have hash {found[:12]} here, but the run was planned with {sha256[:12]}")
-    return in_slot(load_weights(path), device, images)
 
 
 def in_slot(network: NRRN, device: str, images: int) -> TorchNetwork:

@@ -14,7 +14,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, deserialize
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -22,6 +22,9 @@ from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.network.nrrn import NRRN
 
 FORMAT = "nrrn-1"
+NO_WEIGHTS = "no weights at {}: give a .safetensors file written by nrrn train or nrrn weights import"
+MAX_BYTES = 2**31
+MAX_UNITS, MAX_CHANNELS = 64, 4096  # no file can make us build a network without end
 
 # vEMden's layer name -> ours, with the gate's place among the three that stand side by side in one layer
 _VEMDEN_OUTER = {"conv1": "first", "conv3": "advance", "conv2": "last"}
@@ -37,11 +40,16 @@ _VEMDEN_GATES = {
 
 def save_weights(network: NRRN, path: str | os.PathLike[str], record: dict[str, Any]) -> None:
     """Write the network and its record (any JSON: data, loss, steps, versions) to a safetensors file, in one move."""
+    partial = Path(f"{path}.partial")
+    partial.write_bytes(weights_bytes(network, record))
+    os.replace(partial, path)
+
+
+def weights_bytes(network: NRRN, record: dict[str, Any]) -> bytes:
+    """What save_weights writes."""
     header = {"format": FORMAT, "units": len(network.units), "channels": network.channels, "training": record}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    partial = Path(f"{path}.partial")
-    partial.write_bytes(save(tensors, metadata={"nrrn": json.dumps(header)}))
-    os.replace(partial, path)
+    return save(tensors, metadata={"nrrn": json.dumps(header)})
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -49,33 +57,57 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises InputError if the file is missing, is not safetensors, or does not hold an NRRN.
     """
-    if not Path(path).is_file():
-        raise InputError(f"no weights at {path}: give a .safetensors file written by nrrn train or nrrn weights import")
+    return parse_header(_read(path), path)
+
+
+def parse_header(data: bytes, name: str | os.PathLike[str]) -> dict[str, Any]:
+    """The same, of the bytes of a file of that name."""
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("nrrn", "{}"))
-    except (SafetensorError, json.JSONDecodeError, OSError) as error:
+        deserialize(data)  # type: ignore[no-untyped-call]  # the whole file, as its header says nothing of bytes that lack
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(json.loads(data[8 : 8 + length]).get("__metadata__", {}).get("nrrn", "{}"))
+    except (SafetensorError, ValueError, RecursionError, AttributeError, TypeError) as error:
         raise InputError(
-            f"{path} is not a weights file ({error}): expected .safetensors by nrrn train or nrrn weights import"
+            f"{name} is not a weights file ({error}): expected .safetensors by nrrn train or nrrn weights import"
         ) from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise InputError(f"{path} does not hold an NRRN (format {FORMAT}): its weights are of another kind of network")
-    for name in ("units", "channels"):
-        if not isinstance(header.get(name), int) or header[name] < 1:
-            raise InputError(f"{path} is damaged: its header says {name} {header.get(name)}, expected 1 or more")
+        raise InputError(f"{name} does not hold an NRRN (format {FORMAT}): its weights are of another kind of network")
+    for key, most in (("units", MAX_UNITS), ("channels", MAX_CHANNELS)):
+        if type(header.get(key)) is not int or not 1 <= header[key] <= most:
+            raise InputError(f"{name} is damaged: its header says {key} {header.get(key)}, expected 1 to {most}")
     return header
 
 
 def load_weights(path: str | os.PathLike[str]) -> NRRN:
     """The trained network, on the CPU. Raises InputError as read_header does, or if tensors do not fit."""
-    header = read_header(path)
-    tensors = load(Path(path).read_bytes())  # not mapped: a file that is replaced would end the process with SIGBUS
-    return _network(header["units"], header["channels"], tensors, path)
+    return parse_weights(_read(path), path)  # read, not mapped: a file replaced under a map ends the process by SIGBUS
+
+
+def parse_weights(data: bytes, name: str | os.PathLike[str]) -> NRRN:
+    """The same, of the bytes of a file of that name."""
+    header = parse_header(data, name)
+    return _network(header["units"], header["channels"], load(data), name)
 
 
 def weights_hash(path: str | os.PathLike[str]) -> str:
     """SHA-256 of the file, which says which weights made an output."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return bytes_hash(Path(path).read_bytes())
+
+
+def bytes_hash(data: bytes) -> str:
+    """SHA-256, in hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read(path: str | os.PathLike[str]) -> bytes:
+    try:
+        if os.path.getsize(path) > MAX_BYTES:
+            raise InputError(f"{path} is no weights file: it has more than {MAX_BYTES} bytes")
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise InputError(NO_WEIGHTS.format(path)) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a weights file ({error}): expected .safetensors by nrrn train") from error
 
 
 def import_vemden(path: str | os.PathLike[str]) -> NRRN:

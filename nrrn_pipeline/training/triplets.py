@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Span
-from nrrn_pipeline.run import measured, run_serially
+from nrrn_pipeline.run import measured
+from nrrn_pipeline.runners import run_serially
 from nrrn_pipeline.statistics import SliceStatistics, measure_box, merge_boxes, statistics_boxes
 from nrrn_pipeline.training.fit import TrainSettings
 from nrrn_pipeline.volume import Volume, read_box

@@ -15,7 +15,8 @@ from nrrn_pipeline import InputError, Layout, Options, RunError, api, denoise, v
 from nrrn_pipeline.geometry import boxes_of
 from nrrn_pipeline.ledger import Ledger
 from nrrn_pipeline.planning import DenoisePlan, plan_denoise
-from nrrn_pipeline.run import DaskRunner, run_plan, run_serially
+from nrrn_pipeline.run import run_plan
+from nrrn_pipeline.runners import DaskRunner, run_serially
 from nrrn_pipeline.slab import SlabTask, denoise_slab
 from nrrn_pipeline.volume import get_provenance, open_volume, stored_units
 from tests.support import bare_zarr, image_like, stored_chunks, tiny_weights
@@ -143,8 +144,8 @@ def test_a_record_that_a_power_failure_emptied_is_none(plan: DenoisePlan) -> Non
 
 
 def test_a_cluster_without_workers_ends_the_run_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nrrn_pipeline.run.POLL_S", 0.2)
-    monkeypatch.setattr("nrrn_pipeline.run.PATIENCE_S", 0.6)
+    monkeypatch.setattr("nrrn_pipeline.runners.POLL_S", 0.2)
+    monkeypatch.setattr("nrrn_pipeline.runners.PATIENCE_S", 0.6)
     with (
         LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster,
         Client(cluster) as client,

@@ -21,7 +21,8 @@ from nrrn_pipeline import api
 from nrrn_pipeline.cluster import local_client
 from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.planning import DenoisePlan, Layout, plan_denoise
-from nrrn_pipeline.run import ATTEMPTS, DaskRunner, Outcome, Runner, run_plan, run_serially
+from nrrn_pipeline.run import run_plan
+from nrrn_pipeline.runners import ATTEMPTS, DaskRunner, Outcome, Runner, run_serially
 from nrrn_pipeline.slab import SlabTask, denoise_slab
 from nrrn_pipeline.statistics import SliceStatistics
 from nrrn_pipeline.volume import open_volume

@@ -63,7 +63,7 @@ def test_every_changed_setting_is_told_with_its_old_and_new_value(ledger: Ledger
 
 
 def test_a_setting_that_an_older_output_lacks_is_a_change(ledger: Ledger) -> None:
-    storage.write_file(f"{ledger.url}/plan.json", b'{"settings": {"older": 1}}')
+    storage.write_document(f"{ledger.url}/plan.json", {"settings": {"older": 1}})
     changes = ledger.changes(_plan(ledger))
     assert "older was 1, now None" in changes
     assert "tile was None, now 256" in changes

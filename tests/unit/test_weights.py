@@ -19,12 +19,13 @@ from nrrn_pipeline.network import (
     NRRN,
     import_vemden,
     in_slot,
-    load_network,
     load_weights,
     read_header,
     save_weights,
     weights_hash,
 )
+from nrrn_pipeline.planning import Weights
+from nrrn_pipeline.slab import load_network
 from tests.support import tiny_network, tiny_weights
 
 State = dict[str, Tensor]
@@ -249,7 +250,7 @@ def test_the_hash_is_the_file_s_sha256(tmp_path: Path) -> None:
 
 def test_the_network_that_was_planned_with_loads(tmp_path: Path) -> None:
     path = tiny_weights(tmp_path / "a.safetensors", channels=8)
-    network = load_network(str(path), weights_hash(path), "cpu", 2)
+    network = load_network(Weights(str(path), weights_hash(path), 1, 4), "cpu", 2)
     stack = np.random.default_rng(0).standard_normal((4, 9, 8), dtype=np.float32)
     expected = tiny_network(channels=8).denoise(torch.from_numpy(stack), images=2).numpy()
     assert network.reach == 4
@@ -261,7 +262,7 @@ def test_weights_that_changed_since_the_plan_are_refused(tmp_path: Path) -> None
     planned = weights_hash(path)
     tiny_weights(path, seed=1)
     with pytest.raises(InputError, match=f"have hash {weights_hash(path)[:12]} here.*planned with {planned[:12]}"):
-        load_network(str(path), planned, "cpu", 3)
+        load_network(Weights(str(path), planned, 1, 4), "cpu", 3)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])

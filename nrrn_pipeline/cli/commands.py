@@ -1,0 +1,320 @@
+"""Every subcommand: words in, words out."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Annotated
+
+import typer
+
+from nrrn_pipeline import api
+from nrrn_pipeline.checking import check
+from nrrn_pipeline.cli.options import (
+    ChunkSize,
+    Cluster,
+    Device,
+    Halo,
+    Images,
+    Keys,
+    LevelNumber,
+    Output,
+    Overwrite,
+    Prefetch,
+    Roi,
+    ShardSize,
+    SlabSize,
+    Source,
+    Stats,
+    StorageOptions,
+    Tile,
+    Workers,
+    parse_layout,
+    parse_roi,
+)
+from nrrn_pipeline.cli.terminal import Watch, by_text, duration_text, err, network_text, out, print_rows, progress_bar
+from nrrn_pipeline.cluster import make_keys
+from nrrn_pipeline.cost import bytes_text, counted
+from nrrn_pipeline.errors import GO_ON
+from nrrn_pipeline.network import bytes_hash, parse_header
+from nrrn_pipeline.places import absolute
+from nrrn_pipeline.planning import Method
+from nrrn_pipeline.slab import read_weights
+from nrrn_pipeline.training.fit import TrainSettings
+from nrrn_pipeline.volume import get_provenance, open_volume
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, help="Denoise FIB-SEM volumes with NRRN."
+)
+weights_app = typer.Typer(no_args_is_help=True, help="Weights files.")
+cluster_app = typer.Typer(no_args_is_help=True, help="Dask clusters.")
+app.add_typer(weights_app, name="weights")
+app.add_typer(cluster_app, name="cluster")
+
+
+@app.command()
+def denoise(  # one parameter an option: that is how the command line is declared
+    source: Source,
+    output: Output,
+    weights: Annotated[str, typer.Option(help="Weights from nrrn train or nrrn weights import.")],
+    cluster: Cluster = "local",
+    keys: Keys = None,
+    workers: Workers = None,
+    prefetch: Prefetch = True,
+    tile: Tile = 256,
+    halo: Halo = None,
+    slab: SlabSize = None,
+    chunk: ChunkSize = None,
+    shard: ShardSize = None,
+    roi: Roi = None,
+    level: LevelNumber = 0,
+    images: Images = 3,
+    stats: Stats = "slice",
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    storage_options: StorageOptions = None,  # noqa: ARG001  (in force once it is parsed)
+) -> None:
+    """Denoise SRC into DST. Interrupted? Run the same command again: it goes on where it was.
+
+    Example: nrrn denoise raw.zarr clean.zarr --weights lab.safetensors
+    """
+    options = api.Options(
+        level=level,
+        roi=parse_roi(roi),
+        layout=parse_layout(slab, chunk, shard, tile, halo),
+        method=Method(images, stats),
+        device=device,
+        cluster=cluster,
+        keys=keys,
+        workers=workers,
+        prefetch=prefetch,
+        overwrite=overwrite,
+    )
+    with progress_bar(GO_ON) as bar:
+        summary = api.denoise(source, output, weights, options, Watch(bar))
+    speed = summary.voxels / summary.seconds
+    done = counted(summary.slabs, "slab") + (f", {summary.resumed} of them done before" if summary.resumed else "")
+    out.print(f"{summary.plan.group_url}: complete, {done}")
+    if summary.voxels:
+        peak = bytes_text(summary.peak_memory_bytes)
+        out.print(f"{summary.seconds:.1f} s, {speed / 1e6:.3f} million voxels/s, peak memory of a worker {peak}")
+
+
+@app.command()
+def plan(
+    source: Source,
+    output: Output,
+    weights: Annotated[str | None, typer.Option(help="Weights [default: the paper's network is assumed].")] = None,
+    cluster: Cluster = "local",
+    keys: Keys = None,
+    workers: Workers = None,
+    prefetch: Prefetch = True,
+    tile: Tile = 256,
+    halo: Halo = None,
+    slab: SlabSize = None,
+    chunk: ChunkSize = None,
+    shard: ShardSize = None,
+    roi: Roi = None,
+    level: LevelNumber = 0,
+    images: Images = 3,
+    stats: Stats = "slice",
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    storage_options: StorageOptions = None,  # noqa: ARG001  (in force once it is parsed)
+) -> None:
+    """Say what nrrn denoise would do with the same words, and what it would take. Writes nothing."""
+    options = api.Options(
+        level=level,
+        roi=parse_roi(roi),
+        layout=parse_layout(slab, chunk, shard, tile, halo),
+        method=Method(images, stats),
+        device=device,
+        cluster=cluster,
+        keys=keys,
+        workers=workers,
+        prefetch=prefetch,
+        overwrite=overwrite,
+    )
+    forecast = api.plan(source, output, weights, options)
+    made, cost = forecast.plan, forecast.cost
+    network = network_text(made.weights.units, made.weights.channels)
+    rows = {
+        "source": f"{made.source.url}, {by_text(made.source.shape)} {made.source.dtype}",
+        "output": f"{made.group_url}, {by_text(made.target.shape)}, shards of {by_text(made.target.write_unit)}",
+        "network": network if weights else f"{network}: the paper's, as no --weights are given",
+        "slabs": f"{cost.slabs} of {by_text(made.slab)}, tile {made.tile}, halo {made.halo}",
+        "tasks": f"{cost.tasks}: {cost.statistics_tasks} for statistics, {cost.slabs} to denoise",
+        "reads": f"{bytes_text(cost.read_bytes)}; {bytes_text(cost.fetched_bytes)} in whole chunks of the source",
+        "read amplification": f"{cost.read_amplification:.2f}; {cost.chunk_amplification:.2f} in whole chunks",
+        "writes": f"{bytes_text(cost.written_bytes)} before compression",
+        "arithmetic": f"{cost.flop / 1e12:.3g} TFLOP",
+        "memory": f"{bytes_text(cost.worker_bytes)} a worker at its peak",
+        "time": f"{duration_text(forecast.seconds)} of the network with {counted(forecast.workers, 'worker')}, "
+        "from one timed tile",
+    }
+    print_rows(rows)
+
+
+@app.command()
+def info(
+    path: Annotated[str, typer.Argument(help="A volume or a weights file.")],
+    storage_options: StorageOptions = None,  # noqa: ARG001
+) -> None:
+    """Describe a volume or a weights file."""
+    if path.endswith(".safetensors") or os.path.isfile(path):
+        data = read_weights(absolute(path))
+        header = parse_header(data, path)
+        record = header.get("training", {})
+        rows = {"units": header["units"], "channels": header["channels"], "sha256": bytes_hash(data)}
+        print_rows({key: str(value) for key, value in {**rows, **record}.items()})
+        return
+    volume = open_volume(path)
+    rows = {
+        "url": volume.url,
+        "shape (z, y, x)": by_text(volume.shape),
+        "dtype": volume.dtype,
+        "bytes": bytes_text(volume.box.size * volume.itemsize),
+        "voxel size": f"{by_text(volume.voxel_nm)} nm" if volume.voxel_nm else "unknown",
+        "chunk": by_text(volume.chunk),
+        "shard": "none" if volume.chunk == volume.write_unit else by_text(volume.write_unit),
+        "axes": ",".join(volume.axes),
+    }
+    made = get_provenance(path)
+    print_rows(rows | ({"nrrn": json.dumps(made, indent=1)} if made else {}))
+
+
+@app.command()
+def verify(
+    output: Output,
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte and compare its checksum.")] = False,
+    storage_options: StorageOptions = None,  # noqa: ARG001
+) -> None:
+    """Check that every slab is recorded and its shards are there, as large as they were written; exit status 1 if not.
+
+    With --deep every byte is read, and must have the checksum that it was written with.
+    """
+    wrong = 0
+    with progress_bar("nothing is changed by verifying") as bar:
+        task = bar.add_task("verifying", total=None, speed="")
+        for checked in check(output, deep):
+            bar.start()
+            bar.update(task, completed=checked.done, total=checked.total)
+            if checked.problem:
+                wrong += 1
+                out.print(checked.problem)
+    if wrong:
+        err.print(f"{output} is not whole: {counted(wrong, 'problem')}; nrrn repair denoises damaged slabs again")
+        raise typer.Exit(1)
+    how = "every byte is as it was written" if deep else "every shard is there (--deep reads them)"
+    out.print(f"{output} is whole: every slab is recorded, {how}")
+
+
+@app.command()
+def repair(
+    output: Output,
+    weights: Annotated[str | None, typer.Option(help="If the weights have moved since.")] = None,
+    cluster: Cluster = "local",
+    keys: Keys = None,
+    workers: Workers = None,
+    prefetch: Prefetch = True,
+    device: Device = "auto",
+    storage_options: StorageOptions = None,  # noqa: ARG001
+) -> None:
+    """Denoise again exactly the slabs of DST that nrrn verify --deep finds damaged, with the settings it was made with.
+
+    Example: nrrn repair clean.zarr
+    """
+    options = api.Options(device=device, cluster=cluster, keys=keys, workers=workers, prefetch=prefetch)
+    with progress_bar(GO_ON) as bar:
+        problems, summary = api.repair(output, weights, options, Watch(bar))
+    for problem in problems:
+        out.print(problem)
+    if summary is None:
+        out.print(f"{output} is whole: nothing to repair")
+    else:
+        again = counted(summary.slabs - summary.resumed, "slab")
+        out.print(f"{summary.plan.group_url}: complete, {again} denoised again")
+
+
+@app.command()
+def status(
+    output: Output,
+    storage_options: StorageOptions = None,  # noqa: ARG001
+) -> None:
+    """Say how far the run on DST is, wherever it is driven from: done, failed, running, rate, time left."""
+    now = api.status(output)
+    rows = {
+        "state": now.state,
+        "done": f"{now.done} of {counted(now.total, 'slab')}",
+        "failed": counted(len(now.failed), "slab"),
+        "rate": f"{now.rate / 1e6:.3f} million voxels/s" if now.rate else "unknown",
+        "time left": "unknown" if now.seconds_left is None else duration_text(now.seconds_left),
+    }
+    print_rows(rows)
+    for key, reason in now.failed.items():
+        out.print(f"slab {key}: {reason}")
+
+
+@app.command()
+def train(
+    source: Source,
+    weights: Annotated[str, typer.Option("--out", metavar="W", help="Weights file to write (.safetensors).")],
+    units: Annotated[int, typer.Option(help="Building units.")] = 4,
+    channels: Annotated[int, typer.Option(help="Feature maps.")] = 64,
+    steps: Annotated[int, typer.Option(help="Weight updates.")] = 2000,
+    batch: Annotated[int, typer.Option(help="Crops an update.")] = 16,
+    crop: Annotated[int, typer.Option(help="Side of a crop in voxels.")] = 256,
+    learning_rate: Annotated[float, typer.Option(help="Adam's.")] = 1e-4,
+    halve_every: Annotated[int, typer.Option(help="Steps after which the rate is halved; 0: never.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of weights, crops and flips.")] = 0,
+    level: LevelNumber = 0,
+    device: Device = "auto",
+    storage_options: StorageOptions = None,  # noqa: ARG001
+) -> None:
+    """Train on SRC itself: no clean data is needed (the paper's loss on adjacent slices)."""
+    settings = TrainSettings(
+        units=units,
+        channels=channels,
+        steps=steps,
+        batch=batch,
+        crop=crop,
+        learning_rate=learning_rate,
+        halve_every=halve_every,
+        seed=seed,
+        device=device,
+    )
+    with progress_bar("no weights are written") as bar:
+        task = bar.add_task("training", total=steps, speed="")
+
+        def trained(step: int, loss: float) -> None:
+            bar.start()
+            bar.update(task, completed=step, speed=f"loss {loss:.4f}")
+
+        record = api.train(source, weights, settings, level, trained)
+    loss = record["mean_loss_of_last_tenth"]
+    out.print(f"{weights}: {network_text(units, channels)}, mean loss of the last tenth {loss:.4f}")
+
+
+@weights_app.command("import")
+def import_weights(
+    checkpoint: Annotated[str, typer.Argument(help="A checkpoint of vEMden (.pt).")],
+    weights: Annotated[str, typer.Argument(help="Weights file to write (.safetensors).")],
+) -> None:
+    """Turn a checkpoint of the authors' tool into a weights file; nothing in it is executed."""
+    network = api.import_weights(checkpoint, weights)
+    out.print(f"{weights}: {network_text(len(network.units), network.channels)}")
+
+
+@cluster_app.command("keys")
+def cluster_keys(
+    folder: Annotated[str, typer.Argument(help="Folder to make.")],
+    host: Annotated[list[str] | None, typer.Option(help="Hosts that the certificate names; may be repeated.")] = None,
+    days: Annotated[int, typer.Option(help="Days that the certificates hold.")] = 365,
+) -> None:
+    """Make the certificates that a Dask cluster on other machines needs: without them whoever reaches it runs code.
+
+    Copy FOLDER to every machine, readable by you alone. Start scheduler and workers with DASK_CONFIG=FOLDER, and
+    denoise with --cluster tls://HOST:8786 --keys FOLDER.
+    """
+    made = make_keys(folder, host or (), days)
+    out.print(f"{made}: certificates for {counted(days, 'day')}; start dask with DASK_CONFIG={made}")

@@ -1,0 +1,81 @@
+"""The options that several commands share, and how their texts are read."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.geometry import Box, Shape
+from nrrn_pipeline.places import using_options
+from nrrn_pipeline.planning import Layout
+
+
+def _use_storage_options(context: typer.Context, text: str | None) -> str | None:
+    """They hold until the command ends."""
+    context.with_resource(using_options(text))
+    return text
+
+
+Source = Annotated[str, typer.Argument(metavar="SRC", help="Zarr volume: OME-Zarr 0.4 or 0.5, or a bare array.")]
+Output = Annotated[str, typer.Argument(metavar="DST", help="OME-Zarr 0.5 to write.")]
+Cluster = Annotated[str, typer.Option(help="local, serial, or a Dask scheduler's address.")]
+Workers = Annotated[int | None, typer.Option(help="Local processes [default: what cores and memory carry].")]
+Tile = Annotated[int, typer.Option(help="Largest window the network sees, in voxels.")]
+Halo = Annotated[int | None, typer.Option(help="Voxels read and discarded around a tile [default: the reach].")]
+SlabSize = Annotated[str | None, typer.Option("--slab", metavar="Z,Y,X", help="Voxels of one task [default: a shard].")]
+ChunkSize = Annotated[str | None, typer.Option("--chunk", metavar="Z,Y,X", help="Chunk of the output [16,256,256].")]
+ShardSize = Annotated[str | None, typer.Option("--shard", metavar="Z,Y,X", help="Shard of the output [64,512,512].")]
+Roi = Annotated[str | None, typer.Option(metavar="Z0:Z1,Y0:Y1,X0:X1", help="Denoise this part only.")]
+LevelNumber = Annotated[int, typer.Option("--level", help="Pyramid level of SRC; 0 is full size.")]
+Images = Annotated[int, typer.Option(help="Slices an estimate is made from: 3 (the paper's), 2 or 1.")]
+Stats = Annotated[str, typer.Option(help="Normalise with each slice's own statistics or the volume's: slice, volume.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Delete what is at DST first; an unfinished run with the same settings is resumed."
+    ),
+]
+Keys = Annotated[str | None, typer.Option(help="Folder with the cluster's certificates, by nrrn cluster keys.")]
+Prefetch = Annotated[bool, typer.Option(help="Read the next slab, and write the last, while one computes.")]
+StorageOptions = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON|@FILE",
+        callback=_use_storage_options,
+        help='Of URLs, such as \'{"endpoint_url": "https://s3.lab"}\', or by what they begin with: '
+        '\'{"s3://public/": {"anon": true}}\'. Credentials come from the environment or a profile.',
+    ),
+]
+
+
+def parse_triple(name: str, text: str | None) -> Shape | None:
+    """Sizes such as 64,512,512. Raises InputError for any other text."""
+    if text is None:
+        return None
+    try:
+        z, y, x = (int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(
+            f"--{name} {text!r} is not understood: expected three numbers Z,Y,X such as 64,512,512"
+        ) from None
+    return z, y, x
+
+
+def parse_layout(slab: str | None, chunk: str | None, shard: str | None, tile: int, halo: int | None) -> Layout:
+    """Raises InputError for sizes that cannot be."""
+    return Layout(parse_triple("slab", slab), parse_triple("chunk", chunk), parse_triple("shard", shard), tile, halo)
+
+
+def parse_roi(text: str | None) -> Box | None:
+    """Raises InputError for a text that is no box."""
+    if text is None:
+        return None
+    try:
+        return Box.parse(text)
+    except ValueError:
+        raise InputError(
+            f"--roi {text!r} is not understood: expected Z0:Z1,Y0:Y1,X0:X1 such as 0:16,0:512,0:512"
+        ) from None

@@ -1,0 +1,87 @@
+"""What a person sees: lines on standard output, progress and errors on standard error."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nrrn_pipeline import api
+from nrrn_pipeline.cost import counted
+from nrrn_pipeline.planning import DenoisePlan
+from nrrn_pipeline.run import Progress as RunProgress
+
+out, err = (Console(stderr=stderr, soft_wrap=True, markup=False, highlight=False) for stderr in (False, True))
+
+
+class Watch(api.RunWatch):
+    """Shows a run on a progress bar."""
+
+    def __init__(self, bar: Progress) -> None:
+        self.bar = bar
+        self.tasks: dict[str, Any] = {}
+
+    def started(self, plan: DenoisePlan, where: str) -> None:
+        """Say where."""
+        err.print(f"{counted(len(plan.slabs), 'slab')} on {where}")
+        self.bar.start()
+
+    def progressed(self, progress: RunProgress) -> None:
+        """Move the bar on, or say what should be known."""
+        if progress.note:
+            err.print(progress.note)
+            return
+        if progress.stage not in self.tasks:
+            self.tasks[progress.stage] = self.bar.add_task(progress.stage, total=progress.total, speed="")
+        task = self.tasks[progress.stage]
+        elapsed = self.bar.tasks[task].elapsed
+        speed = f"{progress.voxels / elapsed / 1e6:.3f} million voxels/s" if progress.voxels and elapsed else ""
+        self.bar.update(task, completed=progress.done, speed=speed)
+
+
+@contextmanager
+def progress_bar(when_interrupted: str) -> Iterator[Progress]:
+    """A progress bar on standard error, shown once it is started, and a word on what Ctrl-C leaves."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
+    bar = Progress(*columns, TimeRemainingColumn(), console=err)
+
+    def stop() -> None:
+        if bar.live.is_started:
+            bar.stop()
+
+    try:
+        yield bar
+    except KeyboardInterrupt:
+        stop()
+        err.print(f"nrrn: interrupted; {when_interrupted}")
+        raise
+    finally:
+        stop()
+
+
+def print_rows(rows: dict[str, str]) -> None:
+    """Names and values, a line each, on standard output."""
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        out.print(f"{name:{width}}  {value}")  # never cut: scripts read it too
+
+
+def network_text(units: int, channels: int) -> str:
+    """A network in words."""
+    return f"{counted(units, 'unit')}, {counted(channels, 'channel')}"
+
+
+def by_text(values: tuple[Any, ...]) -> str:
+    """Sizes such as 64 x 512 x 512."""
+    return " x ".join(f"{value:g}" for value in values)
+
+
+def duration_text(seconds: float) -> str:
+    """A time as people say it."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

@@ -1,0 +1,133 @@
+"""Runners take a task and its items, in any order, on any machines, and give an outcome for each.
+
+`run_serially` is the specification; the Dask runner must be told apart from it by speed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import distributed
+from distributed.comm.core import CommClosedError
+
+from nrrn_pipeline.errors import GO_ON, InputError, NrrnError, RunError
+from nrrn_pipeline.places import adopt_options, options_text
+from nrrn_pipeline.retrying import is_refused, reason_of
+
+ATTEMPTS = 3  # of one item before it is set aside
+POLL_S = 5.0  # how often a driver that waits looks whether there is anybody to wait for
+PATIENCE_S = 300.0  # without any worker, before a run is given up
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one item: a result, or the error of its last attempt."""
+
+    item: Any
+    result: Any = None
+    error: BaseException | None = None
+
+
+class Runner(Protocol):
+    """Runs a task on every item; an error that no retry can mend is raised at once, as RunError or InputError."""
+
+    def __call__(self, task: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Outcome]:
+        """One outcome an item, in any order."""
+
+
+def run_serially(task: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Outcome]:
+    """One item after the other, in this process."""
+    for item in items:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                outcome = Outcome(item, task(item))
+            except Exception as error:
+                raise_permanent(error, item)
+                outcome = Outcome(item, error=error)
+                if attempt < ATTEMPTS:
+                    continue
+            yield outcome
+            break
+
+
+@dataclass(frozen=True)
+class DaskRunner:
+    """Items as single futures on a Dask cluster, a bounded number of them at a time: no graph, no voxels sent."""
+
+    client: distributed.Client
+
+    def __call__(self, task: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Outcome]:
+        """One outcome an item, as they finish. Whatever is in flight when the caller stops asking is cancelled.
+
+        An item whose worker died is tried again alone, when all others are done: it may have died of its neighbour.
+        """
+        there = partial(_with_options, options_text(), task)
+        waiting = ((item, 1) for item in items)
+        again: list[tuple[Any, int]] = []
+        suspects: list[tuple[Any, int]] = []
+        running: dict[Any, tuple[Any, int]] = {}
+        try:
+            resources = self._resources()
+            while True:
+                while len(running) < self._at_once() and (entry := again.pop() if again else next(waiting, None)):
+                    running[self.client.submit(there, entry[0], pure=False, resources=resources)] = entry
+                if not running and suspects:
+                    entry = suspects.pop()
+                    running[self.client.submit(there, entry[0], pure=False, resources=resources)] = entry
+                if not running:
+                    return
+                for future in self._finished(list(running)):
+                    item, attempt = running.pop(future)
+                    error = future.exception()
+                    if error is None:
+                        yield Outcome(item, future.result())
+                        continue
+                    raise_permanent(error, item)
+                    if attempt == ATTEMPTS:
+                        yield Outcome(item, error=error)
+                    else:
+                        died = isinstance(error, distributed.KilledWorker)
+                        (suspects if died else again).append((item, attempt + 1))
+        except (distributed.CancelledError, CommClosedError) as error:
+            raise RunError(f"the Dask scheduler is gone or was restarted; {GO_ON}") from error
+        finally:
+            self.client.cancel(list(running))
+
+    def _finished(self, running: list[Any]) -> list[Any]:
+        """Some that have ended, as soon as there are any. Raises RunError if no worker is left to end them."""
+        deserted_s = 0.0
+        while deserted_s < PATIENCE_S:
+            try:
+                return list(distributed.wait(running, timeout=POLL_S, return_when="FIRST_COMPLETED").done)
+            except TimeoutError:
+                deserted_s = 0.0 if self.client.nthreads() else deserted_s + POLL_S
+        raise RunError(f"the cluster has had no worker for {PATIENCE_S:.0f} s: start some; {GO_ON}")
+
+    def _at_once(self) -> int:
+        """One item a thread: one that waits behind another is suspected too when that kills their worker."""
+        return max(1, sum(int(threads) for threads in self.client.nthreads().values()))
+
+    def _resources(self) -> dict[str, float] | None:
+        """Half a GPU a task, on a cluster whose workers declare GPUs: while one slab computes the next is read."""
+        workers = self.client.scheduler_info()["workers"].values()
+        return {"GPU": 0.5} if any("GPU" in worker.get("resources", {}) for worker in workers) else None
+
+
+def raise_permanent(error: BaseException, item: Any) -> None:
+    """Raise what no retry can mend, naming the item."""
+    if isinstance(error, InputError):
+        raise error
+    if isinstance(error, NrrnError):
+        raise RunError(f"{item}: {error}") from error
+    if is_refused(error):
+        where = f" ({filename})" if (filename := getattr(error, "filename", None)) else ""
+        said = getattr(error, "strerror", None) or reason_of(error)
+        raise RunError(f"{item}: storage refused a read or write: {said}{where}. Mend this; {GO_ON}") from error
+
+
+def _with_options(options: str, task: Callable[[Any], Any], item: Any) -> Any:
+    adopt_options(options)
+    return task(item)

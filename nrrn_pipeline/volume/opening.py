@@ -1,0 +1,150 @@
+"""Opening and creating volumes: small metadata documents in, small metadata documents out; no voxels."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from nrrn_pipeline import ome, storage
+from nrrn_pipeline.errors import InputError, StorageError
+from nrrn_pipeline.places import absolute, can_list
+from nrrn_pipeline.volume.metadata import MAX_METADATA_BYTES, Volume, describe, name_of, new_metadata
+
+Node = dict[str, Any]  # Zarr metadata of an array or a group, with its attributes
+
+
+def open_volume(url: str | os.PathLike[str], level: int = 0) -> Volume:
+    """Describe the volume at a path or URL: level `level` of an OME-Zarr image, or a bare Zarr array.
+
+    Raises InputError if nothing is there, it cannot be reached, is no Zarr, has no such level, or is no single-channel
+    3-D volume of uint8, uint16 or float32.
+    """
+    url = absolute(url)
+    node = _open_node(url)
+    if _is_array(node):
+        if level != 0:
+            raise InputError(f"{url} has no level {level}: it is a bare array, not an OME-Zarr image with levels")
+        return describe(node, url, None)
+    try:
+        levels = ome.read_levels(node["attributes"])
+    except InputError as error:
+        raise InputError(f"{url} cannot be used: {error}") from error
+    if not levels:
+        arrays = ", ".join(_arrays_in(url)) or "none"
+        raise InputError(
+            f"{url} is a Zarr group without OME-Zarr multiscales metadata: name one of its arrays ({arrays})"
+        )
+    if not 0 <= level < len(levels):
+        raise InputError(f"{url} has no level {level}: its levels are 0 to {len(levels) - 1}")
+    chosen = levels[level]
+    inner = f"{url}/{chosen.path}"
+    if "://" not in url and not os.path.realpath(inner).startswith(f"{url}/"):
+        raise InputError(f"{inner}, level {level} of {url}, is a link out of it: give the volume that it leads to")
+    array = _open_node(inner)
+    if not _is_array(array):
+        raise InputError(f"{inner} is named as level {level} of {url} but is no array")
+    return describe(array, inner, chosen)
+
+
+def create_volume(volume: Volume, provenance: dict[str, Any]) -> None:
+    """Create the OME-Zarr 0.5 group and the array that `volume` describes; no voxels yet. What exists stays as it is.
+
+    Raises InputError if what exists is not what `volume` describes.
+    """
+    group_url = volume.group_url
+    level = ome.Level(volume.level_path, volume.axes, volume.voxel_size, volume.origin, volume.in_nm)
+    if _group(group_url) is None:
+        attributes = {"ome": ome.image_attributes(name_of(group_url), level), "nrrn": provenance}
+        _write_group(group_url, {"zarr_format": 3, "node_type": "group", "attributes": attributes})
+    wanted = new_metadata(volume)
+    if not storage.write_new_file(f"{volume.url}/zarr.json", wanted.encode()):
+        found = _read_json(f"{volume.url}/zarr.json")
+        if found != json.loads(wanted):
+            raise InputError(f"{volume.url}/zarr.json was changed since it was begun: start again with --overwrite")
+
+
+def set_provenance(group_url: str, provenance: dict[str, Any]) -> None:
+    """Store under the group's attribute `nrrn` how its voxels came to be."""
+    group = _group(group_url)
+    if group is None:
+        raise InputError(f"{group_url} was deleted or moved under the run")
+    group["attributes"]["nrrn"] = provenance
+    _write_group(group_url, group)
+
+
+def get_provenance(group_url: str) -> dict[str, Any] | None:
+    """What set_provenance stored; None for other groups."""
+    found = _open_node(absolute(group_url))["attributes"].get("nrrn")
+    return found if isinstance(found, dict) else None
+
+
+def is_zarr(url: str) -> bool:
+    """Whether a Zarr group or array is at the URL."""
+    try:
+        return _node(url) is not None
+    except InputError:
+        return True  # a damaged one
+
+
+def _group(url: str) -> Node | None:
+    return _read_json(f"{url}/zarr.json")
+
+
+def _write_group(url: str, node: Node) -> None:
+    storage.write_file(f"{url}/zarr.json", json.dumps(node, indent=2).encode())
+
+
+def _open_node(url: str) -> Node:
+    """The Zarr array or group there, or an InputError that says why there is none."""
+    try:
+        node = _node(url)
+        if node is None and can_list(url) and not storage.exists(url):
+            raise InputError(f"no volume at {url}: there is nothing there")
+    except (StorageError, PermissionError) as error:
+        raise InputError(f"{url} cannot be read: {error}. Check the address, and your credentials for it") from error
+    if node is None:
+        raise InputError(f"{url} is not a Zarr volume: expected a Zarr array or an OME-Zarr group")
+    return node
+
+
+def _node(url: str) -> Node | None:
+    """Zarr metadata, version 3 or 2, and its attributes; None if there are none."""
+    node = _read_json(f"{url}/zarr.json")
+    if node is None:
+        node = _read_json(f"{url}/.zarray") or _read_json(f"{url}/.zgroup")
+        if node is not None:
+            node["attributes"] = _read_json(f"{url}/.zattrs") or {}
+    if node is None:
+        return None
+    node.setdefault("attributes", {})
+    array_of_3 = node.get("node_type") == "array"
+    if node.get("zarr_format") not in (2, 3) or not isinstance(node["attributes"], dict):
+        raise InputError(f"{url} is a damaged Zarr: its metadata cannot be read (zarr_format, attributes)")
+    if node["zarr_format"] == 3 and not array_of_3 and node.get("node_type") != "group":
+        raise InputError(f"{url} is a damaged Zarr: its metadata cannot be read (node_type)")
+    return node
+
+
+def _is_array(node: Node) -> bool:
+    return node.get("node_type") == "array" or (node["zarr_format"] == 2 and "shape" in node)
+
+
+def _read_json(url: str) -> Node | None:
+    data = storage.read_agreed(url, MAX_METADATA_BYTES)
+    if data is None:
+        return None
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{url} is damaged: it cannot be read ({error})") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{url} is damaged: it holds no table")
+    return document
+
+
+def _arrays_in(url: str) -> list[str]:
+    """Names of the arrays right below a group."""
+    names = storage.list_folders(url)
+    nodes = {name: _node(f"{url}/{name}") for name in sorted(names)[:100]}
+    return [name for name, node in nodes.items() if node is not None and _is_array(node)]

@@ -1,0 +1,179 @@
+"""Voxels in, voxels out: boxes of a volume, whatever storage does meanwhile."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ShardingCodecIndexLocation
+from zarr.storage import StorePath
+
+from nrrn_pipeline import storage
+from nrrn_pipeline.errors import StorageError
+from nrrn_pipeline.geometry import Box, Span, boxes_of, cells_of
+from nrrn_pipeline.retrying import FIRST_PAUSE_S, is_final, reason_of
+from nrrn_pipeline.volume.metadata import Volume, name_of, zarr_metadata
+from nrrn_pipeline.volume.stores import ABSENT, ReadChunks, WriteChunks, shard_index
+
+if TYPE_CHECKING:
+    import xarray
+
+DECODE_ATTEMPTS = 6  # of one write unit whose bytes came, but damaged
+
+Written = dict[str, tuple[int, str]]  # an object's key -> its bytes, and their CRC-32C
+
+
+def read_box(volume: Volume, box: Box) -> NDArray[Any]:
+    """The box's voxels, (z, y, x), in the volume's dtype and the machine's byte order.
+
+    Raises StorageError if storage fails, or an object cannot be decoded however often it is read; it names the object.
+    """
+    try:
+        return _read(volume, box)
+    except Exception as error:
+        if is_final(error):
+            raise
+    # something came damaged: unit by unit it is found, and read until it is whole
+    voxels = np.empty(box.shape, volume.dtype)
+    for unit in cells_of(box, volume.write_unit):
+        voxels[unit.within(box)] = _read_patiently(volume, unit)
+    return voxels
+
+
+def _read_patiently(volume: Volume, part: Box) -> NDArray[Any]:
+    """A part of one write unit."""
+    for attempt in range(1, DECODE_ATTEMPTS + 1):
+        try:
+            return _read(volume, part)
+        except Exception as error:
+            if is_final(error):
+                raise
+            if attempt == DECODE_ATTEMPTS:
+                where = f"{volume.url}/{object_key(volume, part)}"
+                raise StorageError(f"{where}: cannot be decoded ({reason_of(error)})") from error
+        time.sleep(FIRST_PAUSE_S * attempt)
+    raise AssertionError("unreachable: the last attempt raises")
+
+
+def _read(volume: Volume, box: Box) -> NDArray[Any]:
+    store = ReadChunks(volume.url, _wanted(volume, box))
+    array: Any = zarr.Array(zarr.AsyncArray(cast("Any", zarr_metadata(volume)), StorePath(store)))
+    found = np.asarray(array[_full_selection(volume, box)]).reshape(box.shape)
+    return np.ascontiguousarray(found, dtype=volume.dtype)
+
+
+def write_box(volume: Volume, box: Box, voxels: NDArray[Any]) -> Written:
+    """Overwrite whole write units with (z, y, x) voxels; what was stored there is never read. What was written.
+
+    Raises ValueError if the box does not consist of whole write units, clipped only by the volume's end, or the voxels
+    do not fit it: zarr would drop or convert them without a word. Raises StorageError or OSError if storage fails.
+    """
+    for span, unit, end in zip(box.spans, volume.write_unit, volume.shape, strict=True):
+        if span.start % unit or span.stop > end or (span.stop % unit and span.stop != end):
+            raise ValueError(f"box {box} is not made of whole write units {volume.write_unit} of {volume.shape}")
+    if voxels.shape != box.shape or voxels.dtype != volume.dtype:
+        raise ValueError(f"{voxels.dtype} voxels {voxels.shape} do not fit box {box} of {volume.dtype}")
+    lead = (1,) * volume.lead_axes
+    store = WriteChunks(volume.url)
+    # an absent chunk must mean "not written", never "black"
+    config: Any = {"write_empty_chunks": True, "order": "C"}
+    array: Any = zarr.Array(zarr.AsyncArray(cast("Any", zarr_metadata(volume)), StorePath(store), config))
+    array[_full_selection(volume, box)] = voxels.reshape(lead + voxels.shape)
+    return store.written
+
+
+def object_key(volume: Volume, part: Box) -> str:
+    """The key, below the array's URL, of the object that holds the (first) write unit of a box."""
+    place = tuple(span.start // size for span, size in zip(part.spans, volume.write_unit, strict=True))
+    return zarr_metadata(volume).encode_chunk_key((0,) * volume.lead_axes + place)
+
+
+def missing_chunks(volume: Volume, unit: Box) -> list[str]:
+    """Which chunks of one write unit were never written, each as the box of its voxels.
+
+    zarr would fill them in silently. Of a shard only the index is read.
+    """
+    index_bytes = 16 * int(np.prod(_grid(volume))) + 4
+    sharded = volume.chunk != volume.write_unit
+    url = f"{volume.url}/{object_key(volume, unit)}"
+    stored = storage.read_file(url, -index_bytes) if sharded else storage.read_file(url)
+    chunks = list(boxes_of(unit, volume.chunk))
+    if stored is None:
+        return [str(chunk) for chunk in chunks]
+    if not sharded:
+        return []
+    if len(stored) < index_bytes:
+        raise ValueError(f"its shard of {len(stored)} bytes is shorter than a shard's index of {index_bytes}")
+    index = shard_index(stored)
+    return [str(chunk) for chunk in chunks if index[_place_in_index(volume, chunk)][0] == ABSENT]
+
+
+def stored_units(volume: Volume) -> dict[Box, int]:
+    """The write units that storage lists, as boxes of voxels, with the bytes they take; none is looked into."""
+    found = {}
+    for name, stored_bytes in storage.list_tree(f"{volume.url}/c").items():
+        place = name.split("/")[-3:]
+        if all(part.isdecimal() for part in place) and len(place) == 3:
+            starts = [int(part) * unit for part, unit in zip(place, volume.write_unit, strict=True)]
+            ends = [min(a + n, m) for a, n, m in zip(starts, volume.write_unit, volume.shape, strict=True)]
+            found[Box(*(Span(start, end) for start, end in zip(starts, ends, strict=True)))] = stored_bytes
+    return found
+
+
+def to_xarray(volume: Volume) -> xarray.DataArray:
+    """See Volume.to_xarray."""
+    import dask.array
+    import xarray
+
+    def block(block_info: Any = None) -> NDArray[Any]:
+        return read_box(volume, Box(*(Span(*ends) for ends in block_info[None]["array-location"])))
+
+    chunks = dask.array.core.normalize_chunks(volume.chunk, volume.shape)
+    lazy = dask.array.map_blocks(
+        partial(block), chunks=chunks, dtype=volume.dtype, meta=np.empty((0, 0, 0), volume.dtype)
+    )
+    unit = {"units": "nm" if volume.in_nm else "unknown"}
+    coordinates = {
+        axis: (axis, origin + size * np.arange(length), unit)
+        for axis, length, size, origin in zip("zyx", volume.shape, volume.voxel_size, volume.origin, strict=True)
+    }
+    return xarray.DataArray(lazy, coords=coordinates, dims=("z", "y", "x"), name=name_of(volume.group_url))
+
+
+def _wanted(volume: Volume, box: Box) -> dict[str, list[int]]:
+    """For each shard that the box holds in part: where in the shard's index the chunks stand that it needs."""
+    codec = next(iter(getattr(zarr_metadata(volume), "codecs", ())), None)
+    if not isinstance(codec, ShardingCodec) or codec.index_location != ShardingCodecIndexLocation.end:
+        return {}
+    if [type(step) for step in codec.index_codecs] != [BytesCodec, Crc32cCodec]:
+        return {}
+    wanted: dict[str, list[int]] = {}
+    for part in cells_of(box, volume.write_unit):
+        chunks = [
+            range(span.start % unit // chunk, (span.start % unit + len(span) - 1) // chunk + 1)
+            for span, unit, chunk in zip(part.spans, volume.write_unit, volume.chunk, strict=True)
+        ]
+        grid = np.arange(int(np.prod(_grid(volume)))).reshape(_grid(volume))
+        wanted[object_key(volume, part)] = [int(place) for place in grid[np.ix_(*chunks)].ravel()]
+    return wanted
+
+
+def _grid(volume: Volume) -> list[int]:
+    """Chunks of a shard along z, y, x."""
+    return [size // chunk for size, chunk in zip(volume.write_unit, volume.chunk, strict=True)]
+
+
+def _place_in_index(volume: Volume, chunk: Box) -> int:
+    place = [
+        span.start % unit // size for span, unit, size in zip(chunk.spans, volume.write_unit, volume.chunk, strict=True)
+    ]
+    return int(np.ravel_multi_index(place, _grid(volume)))
+
+
+def _full_selection(volume: Volume, box: Box) -> tuple[slice, ...]:
+    lead = (slice(0, 1),) * volume.lead_axes
+    return lead + box.within(volume.box)
