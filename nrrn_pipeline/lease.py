@@ -64,7 +64,7 @@ class Lease:
             if storage.write_document(self._url, self._document("running"), new=True) or self._is_ours():
                 break
         for name in names:
-            storage.remove_tree(f"{self.ledger_url}/drivers/{name}")
+            storage.remove_file(f"{self.ledger_url}/drivers/{name}")
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
 

@@ -145,7 +145,7 @@ class Ledger:
     def forget(self, key: str) -> None:
         """Delete all records of a slab, so that it is denoised again."""
         for name in storage.list_sizes(f"{self.url}/slabs", beginning=f"{key}."):
-            storage.remove_tree(f"{self.url}/slabs/{name}")
+            storage.remove_file(f"{self.url}/slabs/{name}")
 
     def record(self, key: str) -> Record:
         """The record of a slab. Raises ValueError if it is damaged, or there is none."""
@@ -164,7 +164,7 @@ class Ledger:
 
     def clear_failure(self, key: str) -> None:
         """It was denoised after all."""
-        storage.remove_tree(f"{self.url}/failed/{key}.json")
+        storage.remove_file(f"{self.url}/failed/{key}.json")
 
     def failed(self) -> set[str]:
         """Keys of the slabs that were set aside, by listing alone."""

@@ -86,13 +86,16 @@ def files_of(url: str, fresh: bool = False) -> tuple[Any, str]:
             if time.monotonic() - _reopened[-1] > 1.0:
                 _open.cache_clear()
                 _reopened.append(time.monotonic())
-    files = _open(scheme, options, os.getpid())
+    files = _open(scheme, options, (os.getpid(), *_credentials()))
     return files, files._strip_protocol(url)
 
 
 @lru_cache(maxsize=16)
-def _open(scheme: str, options_json: str, process: int) -> Any:  # noqa: ARG001  (a fork must not share connections)
-    """One for all threads: fsspec would open one a thread, each with its own connections."""
+def _open(scheme: str, options_json: str, circumstances: tuple[Any, ...]) -> Any:  # noqa: ARG001
+    """One for all threads: fsspec would open one a thread, each with its own connections.
+
+    Under other circumstances another: a fork must not share connections, and new credentials are to be used.
+    """
     options = {"use_listings_cache": False, "skip_instance_cache": True, **json.loads(options_json)}
     if scheme == "s3":
         ours = {"retries": {"total_max_attempts": 1}, "max_pool_connections": 2 * REQUESTS_AT_ONCE}
@@ -112,6 +115,12 @@ def _open(scheme: str, options_json: str, process: int) -> Any:  # noqa: ARG001 
         files.retries = 1  # we count and wait, alike for every kind of storage
         files.close_session = _close
     return files
+
+
+def _credentials() -> Iterator[str]:
+    return (
+        f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith(("AWS_", "GOOGLE_", "AZURE_"))
+    )
 
 
 def _close(loop: asyncio.AbstractEventLoop, connections: Any) -> None:
@@ -194,7 +203,7 @@ def _table(text: str) -> dict[str, dict[str, Any]]:
         raise InputError("storage options are no JSON: give them as '{\"anon\": true}' or @FILE") from None
     if not isinstance(given, dict):
         raise InputError("storage options are no table: give them as '{\"anon\": true}'")
-    by_url = given and all("://" in key and isinstance(value, dict) for key, value in given.items())
+    by_url = given and all(("://" in key or not key) and isinstance(value, dict) for key, value in given.items())
     table: dict[str, dict[str, Any]] = given if by_url else {"": given} if given else {}
     for options in table.values():
         _refuse_secrets(options)

@@ -53,16 +53,18 @@ def is_transient(error: BaseException) -> bool:
     chain = [error, *filter(None, [error.__cause__])]
     if any(_code(link) in _TRANSIENT_CODES for link in chain):
         return True
+    if not _status(error) and isinstance(error, _BROKEN_CONNECTIONS):
+        return True
     if status := next(filter(None, map(_status, chain)), None):
         return status in _TRANSIENT_STATUS
-    return isinstance(error, _BROKEN_CONNECTIONS) or (isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO)
+    return isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNO
 
 
 def is_refused(error: BaseException) -> bool:
     """Whether storage said no: no permission, no credentials, no room, no such bucket; a retry would hear it again."""
     if isinstance(error, StorageError):
         return error.permanent
-    if isinstance(error, (NrrnError, boto.BotoCoreError)):
+    if isinstance(error, (NrrnError, boto.BotoCoreError, aiohttp.ClientError)):
         return not is_transient(error)
     return isinstance(error, OSError) and not isinstance(error, _ABSENT) and not is_transient(error)
 
@@ -95,9 +97,12 @@ def reason_of(error: BaseException) -> str:
 
 def _give_up(url: str, error: Exception, attempt: int) -> None:
     """Returns if there is to be another attempt."""
+    if isinstance(error, NrrnError):
+        raise error
     if is_transient(error):
         if attempt == ATTEMPTS:
-            raise StorageError(f"{url}: {reason_of(error)}; tried {attempt} times") from error
+            what = reason_of(error) if isinstance(error, StorageError) else f"{url}: {reason_of(error)}"
+            raise StorageError(f"{what}; tried {attempt} times") from error
     elif is_refused(error):
         if isinstance(error, OSError) and error.errno is not None and "://" not in url:
             raise error  # of a disk, with its number: callers tell a full one from one that is read-only

@@ -239,7 +239,7 @@ def check_writable(url: str) -> None:
         folder = os.path.dirname(folder)
     try:
         write_file(probe, b"")
-        remove_tree(probe)
+        remove_file(probe)
     except NotImplementedError as error:
         raise StorageError(f"{url}: this kind of storage is read-only", permanent=True) from error
     finally:
@@ -262,8 +262,19 @@ def remove_partials(url: str) -> None:
                     os.unlink(os.path.join(folder, name))
 
 
+def remove_file(url: str) -> None:
+    """Delete a file, if there is one."""
+
+    def request(fresh: bool) -> None:
+        files, path = files_of(url, fresh)
+        files.rm_file(path)
+
+    with suppress(*_NOT_THERE):
+        retried(url, request)
+
+
 def remove_tree(url: str) -> None:
-    """Delete a file, or a folder with all in it; nothing if there is none."""
+    """Delete a folder with all in it, if there is one."""
 
     def request(fresh: bool) -> None:
         files, path = files_of(url, fresh)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +139,23 @@ def test_of_gives_the_statistics_of_the_slices_asked_for() -> None:
 @given(values=st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1, max_size=5), first=st.integers(0))
 def test_statistics_survive_json_to_the_last_bit(values: list[float], first: int) -> None:
     before = SliceStatistics(first, tuple(values), tuple(abs(value) for value in values))
-    assert SliceStatistics.from_json(before.to_json()) == before
+    assert SliceStatistics.from_dict(json.loads(json.dumps(asdict(before)))) == before
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"first_z": 0, "mean": [1.0]},
+        {"first_z": 0, "mean": [1.0, 2.0], "std": [1.0]},
+        {"first_z": None, "mean": [1.0], "std": [1.0]},
+        {"first_z": 0, "mean": 1.0, "std": 1.0},
+        {"first_z": 0, "mean": ["one"], "std": [1.0]},
+    ],
+)
+def test_fields_that_are_no_statistics_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, LookupError, TypeError)):
+        SliceStatistics.from_dict(fields)
 
 
 @st.composite

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import pickle
 from collections.abc import Callable, Iterator
@@ -14,8 +15,8 @@ import pytest
 import zarr
 from numpy.typing import NDArray
 from ome_zarr_models.v05 import Image
-from zarr.storage import LocalStore
 
+from nrrn_pipeline import storage
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Span, boxes_of
 from nrrn_pipeline.volume import (
@@ -27,6 +28,7 @@ from nrrn_pipeline.volume import (
     open_volume,
     read_box,
     set_provenance,
+    stored_units,
     write_box,
 )
 from tests.support import array, bare_zarr, image_like, ome_image, other_folder, plain_group, stored_chunks
@@ -45,33 +47,24 @@ def written(volume: Volume, voxels: NDArray[Any]) -> Volume:
     return volume
 
 
+def chunk_metadata(volume: Volume) -> dict[str, Any]:
+    """zarr.json of a created array, as anybody finds it."""
+    metadata: dict[str, Any] = json.loads((Path(volume.url) / "zarr.json").read_text())
+    return metadata
+
+
 @pytest.fixture
 def chunk_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Keys of all chunks and shards that are read from local stores from now on."""
+    """Keys of all chunks and shards of local volumes that are read from now on."""
     keys: list[str] = []
-    get, get_sync, get_partial_values = LocalStore.get, LocalStore.get_sync, LocalStore.get_partial_values
+    read_file = storage.read_file
 
-    def note(key: str) -> None:
-        if not key.endswith(("zarr.json", ".zarray", ".zgroup", ".zattrs", ".zmetadata")):
-            keys.append(key)
+    def noted(url: str, start: int = 0, stop: int | None = None) -> bytes | None:
+        if "/c/" in url:
+            keys.append("c/" + url.rpartition("/c/")[2])
+        return read_file(url, start, stop)
 
-    async def noted_get(store: LocalStore, key: str, *args: Any, **options: Any) -> Any:
-        note(key)
-        return await get(store, key, *args, **options)
-
-    def noted_get_sync(store: LocalStore, key: str, **options: Any) -> Any:
-        note(key)
-        return get_sync(store, key, **options)
-
-    async def noted_get_partial_values(store: LocalStore, prototype: Any, key_ranges: Any) -> Any:
-        wanted = list(key_ranges)
-        for key, _ in wanted:
-            note(key)
-        return await get_partial_values(store, prototype, wanted)
-
-    monkeypatch.setattr(LocalStore, "get", noted_get)
-    monkeypatch.setattr(LocalStore, "get_sync", noted_get_sync)
-    monkeypatch.setattr(LocalStore, "get_partial_values", noted_get_partial_values)
+    monkeypatch.setattr(storage, "read_file", noted)
     return keys
 
 
@@ -114,7 +107,23 @@ def test_a_created_volume_opens_as_it_was_described(tmp_path: Path, axes: tuple[
     place = {"voxel_size": (8.0, 4.0, 4.5), "origin": (80.0, 0.0, -9.0), "in_nm": in_nm}
     volume = described(tmp_path / "out.zarr", axes=axes, **place)
     create_volume(volume, {})
-    assert open_volume(tmp_path / "out.zarr") == volume
+    opened = open_volume(tmp_path / "out.zarr")
+    assert replace(opened, metadata="") == volume
+
+
+def test_an_opened_volume_carries_its_metadata_so_that_no_reader_reads_them_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    voxels = image_like((10, 37, 41))
+    written(described(tmp_path / "out.zarr"), voxels)
+    volume = pickle.loads(pickle.dumps(open_volume(tmp_path / "out.zarr")))
+    assert json.loads(volume.metadata) == chunk_metadata(volume)
+    (Path(volume.url) / "zarr.json").unlink()
+    (tmp_path / "out.zarr" / "zarr.json").unlink()
+    np.testing.assert_array_equal(read_box(volume, volume.box), voxels)
+    assert missing_chunks(volume, Box(Span(8, 10), Span(0, 32), Span(0, 32))) == []
+    write_box(volume, volume.box, 255 - voxels)
+    np.testing.assert_array_equal(read_box(volume, volume.box), 255 - voxels)
 
 
 @pytest.mark.parametrize("in_nm", [True, False])
@@ -129,7 +138,7 @@ def test_a_created_group_is_valid_ome_zarr(tmp_path: Path, axes: tuple[str, ...]
 def test_a_volume_in_an_object_store_is_written_and_read_back(memory_url: str) -> None:
     voxels = image_like((10, 37, 41))
     volume = written(replace(described(Path("unused")), url=f"{memory_url}/out.zarr/0"), voxels)
-    assert open_volume(f"{memory_url}/out.zarr") == volume
+    assert replace(open_volume(f"{memory_url}/out.zarr"), metadata="") == volume
     np.testing.assert_array_equal(read_box(volume, volume.box), voxels)
     assert all(missing_chunks(volume, unit) == [] for unit in boxes_of(volume.box, volume.write_unit))
 
@@ -141,7 +150,7 @@ def test_provenance_is_kept_beside_the_image_metadata(tmp_path: Path) -> None:
     assert get_provenance(group) == {"state": "begun"}
     set_provenance(group, {"state": "done", "of": [1, 2]})
     assert get_provenance(group) == {"state": "done", "of": [1, 2]}
-    assert open_volume(group) == volume
+    assert replace(open_volume(group), metadata="") == volume
 
 
 def test_a_group_of_others_has_no_provenance(tmp_path: Path) -> None:
@@ -216,6 +225,46 @@ def test_a_torn_shard_is_overwritten_like_any_other(tmp_path: Path, unit: Box, k
     shard.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
     write_box(volume, unit, voxels[unit.within(volume.box)])
     np.testing.assert_array_equal(read_box(volume, volume.box), voxels)
+
+
+def test_outputs_are_zstd_with_a_checksum_on_each_chunk_and_each_index(tmp_path: Path) -> None:
+    volume = described(tmp_path / "out.zarr")
+    create_volume(volume, {})
+    assert chunk_metadata(volume)["chunk_grid"]["configuration"]["chunk_shape"] == [8, 32, 32]
+    (shard,) = chunk_metadata(volume)["codecs"]
+    assert shard["name"] == "sharding_indexed"
+    assert shard["configuration"]["chunk_shape"] == [4, 16, 16]
+    assert [codec["name"] for codec in shard["configuration"]["codecs"]] == ["bytes", "zstd", "crc32c"]
+    assert [codec["name"] for codec in shard["configuration"]["index_codecs"]] == ["bytes", "crc32c"]
+
+
+def test_outputs_without_shards_are_zstd_with_a_checksum_too(tmp_path: Path) -> None:
+    volume = described(tmp_path / "out.zarr", write_unit=(4, 16, 16))
+    create_volume(volume, {})
+    assert chunk_metadata(volume)["chunk_grid"]["configuration"]["chunk_shape"] == [4, 16, 16]
+    assert [codec["name"] for codec in chunk_metadata(volume)["codecs"]] == ["bytes", "zstd", "crc32c"]
+
+
+@pytest.mark.parametrize("write_unit", [(8, 32, 32), (4, 16, 16)], ids=["sharded", "not sharded"])
+@pytest.mark.parametrize("axes", [("z", "y", "x"), ("t", "c", "z", "y", "x")], ids="".join)
+def test_writing_tells_the_bytes_and_checksum_of_each_object(
+    tmp_path: Path, axes: tuple[str, ...], write_unit: tuple[int, int, int]
+) -> None:
+    volume = described(tmp_path / "out.zarr", write_unit=write_unit, axes=axes)
+    create_volume(volume, {})
+    told = write_box(volume, volume.box, image_like(volume.shape))
+    stored = stored_chunks(Path(volume.url))
+    assert told == {key: (len(data), storage.crc32c(data)) for key, data in stored.items()}
+    assert len(told) == len(list(boxes_of(volume.box, write_unit)))
+
+
+def test_the_units_that_storage_lists_are_those_written_with_their_bytes(tmp_path: Path) -> None:
+    volume = described(tmp_path / "out.zarr", axes=("t", "c", "z", "y", "x"))
+    create_volume(volume, {})
+    assert stored_units(volume) == {}
+    unit = Box(Span(8, 10), Span(32, 37), Span(0, 32))
+    ((_, (size, _)),) = write_box(volume, unit, image_like(unit.shape)).items()
+    assert stored_units(volume) == {unit: size}
 
 
 def test_a_box_of_many_write_units_is_written_whole(tmp_path: Path) -> None:

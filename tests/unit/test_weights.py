@@ -2,74 +2,37 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import conv2d
 
-from nrrn_pipeline.errors import InputError
+from nrrn_pipeline import storage
+from nrrn_pipeline.api import describe_weights
+from nrrn_pipeline.errors import InputError, StorageError
 from nrrn_pipeline.network import (
-    NRRN,
-    import_vemden,
+    bytes_hash,
     in_slot,
     load_weights,
+    parse_header,
+    parse_weights,
     read_header,
     save_weights,
+    weights_bytes,
     weights_hash,
 )
 from nrrn_pipeline.planning import Weights
-from nrrn_pipeline.slab import load_network
+from nrrn_pipeline.slab import load_network, read_weights
+from tests.servers import ObjectStore
 from tests.support import tiny_network, tiny_weights
 
 State = dict[str, Tensor]
-OUTER = ("conv1", "conv2", "conv3")
-GATES = ("Gate_update_a", "Gate_update_b", "Gate_reset_a", "Gate_reset_b", "Gates2_a", "Gates2_b")
-
-
-def vemden_state(units: int = 2, channels: int = 3, prefix: str = "") -> State:
-    """Random weights under vEMden's names."""
-    generator = torch.Generator().manual_seed(0)
-    layers = [f"nrrn.{name}" for name in OUTER] + [f"nrrn.BU.{unit}.{gate}" for unit in range(units) for gate in GATES]
-    state: State = {}
-    for layer in layers:
-        shape = (channels, 1 if layer == "nrrn.conv1" else channels, 3, 3)
-        state[f"{prefix}{layer}.weight"] = 0.3 * torch.randn(shape, generator=generator)
-        state[f"{prefix}{layer}.bias"] = 0.3 * torch.randn(channels, generator=generator)
-    return state
-
-
-def vemden_branch(state: State, neighbour: Tensor, centre: Tensor) -> Tensor:
-    """One branch as the model is defined, straight from vEMden's tensors."""
-
-    def conv(layer: str, h: Tensor) -> Tensor:
-        return conv2d(h, state[f"nrrn.{layer}.weight"], state[f"nrrn.{layer}.bias"], padding=1)
-
-    def attention(h: Tensor) -> Tensor:
-        return h[:, :1] * torch.sigmoid(h.max(dim=1, keepdim=True).values)
-
-    h_n, h_c, x = torch.relu(conv("conv1", neighbour)), torch.relu(conv("conv1", centre)), centre
-    for unit in range(len(state) // 2 // len(GATES)):
-        h_n = torch.tanh(conv("conv3", h_n))
-        update = torch.sigmoid(conv(f"BU.{unit}.Gate_update_b", h_c) + conv(f"BU.{unit}.Gate_update_a", h_n))
-        reset = torch.sigmoid(conv(f"BU.{unit}.Gate_reset_b", h_c) + conv(f"BU.{unit}.Gate_reset_a", h_n))
-        candidate = torch.tanh(conv(f"BU.{unit}.Gates2_b", h_c) + reset * conv(f"BU.{unit}.Gates2_a", h_n))
-        h_c = update * h_n + (1 - update) * candidate
-        x = x + attention(h_c)
-        h_c = h_c.clone()
-        h_c[:, 0] = torch.tanh(x)[:, 0]
-    return x + attention(conv("conv2", torch.relu(h_c)))
-
-
-def saved(path: Path, content: Any) -> Path:
-    torch.save(content, path)
-    return path
 
 
 def with_header(path: Path, **changes: Any) -> None:
@@ -160,7 +123,7 @@ def torn(path: Path) -> None:
 
 
 def checkpoint(path: Path) -> None:
-    saved(path, vemden_state())
+    torch.save({"nrrn.conv1.bias": torch.zeros(3)}, path)
 
 
 def other_network(path: Path) -> None:
@@ -181,7 +144,7 @@ def other_format(path: Path) -> None:
 
 NO_WEIGHTS = [
     (absent, "no weights at"),
-    (folder, "no weights at"),
+    (folder, r"is not a weights file .*Is a directory"),
     (empty, "is not a weights file"),
     (text, "is not a weights file"),
     (torn, "is not a weights file"),
@@ -265,185 +228,96 @@ def test_weights_that_changed_since_the_plan_are_refused(tmp_path: Path) -> None
         load_network(Weights(str(path), planned, 1, 4), "cpu", 3)
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize(("units", "channels"), [(1, 4), (2, 3), (4, 8)])
-def test_an_imported_vemden_checkpoint_computes_what_the_model_defines(
-    tmp_path: Path, units: int, channels: int, prefix: str
-) -> None:
-    network = import_vemden(saved(tmp_path / "a.pth", vemden_state(units, channels, prefix)))
-    state = {name: tensor.double() for name, tensor in vemden_state(units, channels).items()}
-    neighbour, centre = torch.randn(2, 3, 1, 17, 15, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    expected = vemden_branch(state, neighbour, centre)
-    assert (len(network.units), network.channels) == (units, channels)
-    torch.testing.assert_close(network.double()(neighbour, centre), expected, rtol=0, atol=1e-10)
-
-
-def test_an_imported_checkpoint_saves_and_loads_as_weights(tmp_path: Path) -> None:
-    network = import_vemden(saved(tmp_path / "a.pth", vemden_state()))
-    save_weights(network, tmp_path / "a.safetensors", {})
-    again = load_weights(tmp_path / "a.safetensors").state_dict()
-    assert all(torch.equal(tensor, again[name]) for name, tensor in network.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    "change", [Tensor.half, Tensor.double, torch.nn.Parameter], ids=["half", "double", "parameter"]
-)
-def test_a_checkpoint_of_any_precision_becomes_float32(tmp_path: Path, change: Callable[[Tensor], Tensor]) -> None:
-    state = {name: change(tensor) for name, tensor in vemden_state().items()}
-    network = import_vemden(saved(tmp_path / "a.pth", state))
-    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
-    assert not any(parameter.requires_grad for parameter in network.parameters())
-
-
-def test_a_checkpoint_in_torch_s_old_format_imports_too(tmp_path: Path) -> None:
-    torch.save(vemden_state(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    new = import_vemden(saved(tmp_path / "new.pth", vemden_state()))
-    old = import_vemden(tmp_path / "old.pth").state_dict()
-    assert all(torch.equal(tensor, old[name]) for name, tensor in new.state_dict().items())
-
-
-class Touch:
-    """Unpickled by a careless reader, it creates a file."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch '{self.marker}'",)
-
-
-def pickled(content: Any, path: Path) -> None:
-    path.write_bytes(pickle.dumps(content))
-
-
-def torch_saved_old(content: Any, path: Path) -> None:
-    torch.save(content, path, _use_new_zipfile_serialization=False)
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize("save", [torch.save, torch_saved_old, pickled])
-def test_a_checkpoint_that_would_run_code_is_refused_and_the_code_not_run(
-    tmp_path: Path, save: Callable[[Any, Path], None]
-) -> None:
-    marker = tmp_path / "was run"
-    save({**vemden_state(), "hook": Touch(marker)}, tmp_path / "a.pth")
-    with pytest.raises(InputError, match=r"a\.pth"):
-        import_vemden(tmp_path / "a.pth")
-    assert not marker.exists()
-    pickle.loads(pickle.dumps(Touch(marker)))
-    assert marker.exists()
-
-
-def test_a_pickled_network_is_refused_as_it_could_run_code(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="could run code"):
-        import_vemden(saved(tmp_path / "a.pth", tiny_network()))
-
-
-@pytest.mark.parametrize(
-    "layer",
-    ["conv1.weight", "conv1.bias", "conv2.weight", "conv3.bias", "BU.1.Gate_reset_a.bias", "BU.0.Gates2_b.weight"],
-)
-def test_a_layer_that_is_missing_is_named(tmp_path: Path, layer: str) -> None:
-    state = vemden_state()
-    del state[f"nrrn.{layer}"]
-    with pytest.raises(InputError, match=f"lacks the layer '{layer}'"):
-        import_vemden(saved(tmp_path / "a.pth", state))
-
-
-def test_a_building_unit_that_is_missing_is_named(tmp_path: Path) -> None:
-    state = {name: tensor for name, tensor in vemden_state(units=3).items() if ".BU.1." not in name}
-    with pytest.raises(InputError, match=r"lacks the layer 'BU\.1\."):
-        import_vemden(saved(tmp_path / "a.pth", state))
-
-
-@pytest.mark.parametrize("extra", ["nrrn.norm.weight", "nrrn.BU.0.Gate_extra.weight", "decoder.weight"])
-def test_a_checkpoint_with_layers_that_the_network_lacks_is_refused_by_name(tmp_path: Path, extra: str) -> None:
-    state = vemden_state() | {extra: torch.zeros(3)}
-    with pytest.raises(InputError, match=extra.removeprefix("nrrn.")):
-        import_vemden(saved(tmp_path / "a.pth", state))
-
-
-@pytest.mark.parametrize(
-    ("layer", "shape"),
-    [
-        ("conv1.weight", (3, 3, 3, 3)),
-        ("conv1.weight", ()),
-        ("conv2.weight", (3, 3, 5, 5)),
-        ("conv3.bias", (4,)),
-        ("BU.0.Gates2_a.weight", (3, 4, 3, 3)),
-        ("BU.1.Gate_reset_b.weight", (4, 3, 3, 3)),
-        ("BU.1.Gate_update_b.bias", ()),
-    ],
-    ids=str,
-)
-def test_a_layer_of_another_shape_is_refused(tmp_path: Path, layer: str, shape: tuple[int, ...]) -> None:
-    state = vemden_state() | {f"nrrn.{layer}": torch.zeros(shape)}
-    with pytest.raises(InputError, match=r"a\.pth"):
-        import_vemden(saved(tmp_path / "a.pth", state))
-
-
-def torn_checkpoint(path: Path) -> None:
-    whole = saved(path, vemden_state()).read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-
-
-def torn_old_checkpoint(kept: float) -> Callable[[Path], None]:
-    def make(path: Path) -> None:
-        torch_saved_old(vemden_state(), path)
-        whole = path.read_bytes()
-        path.write_bytes(whole[: int(kept * len(whole))])
-
-    return make
-
-
-def image_file(path: Path) -> None:
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
-
-
-def safetensors_file(path: Path) -> None:
-    tiny_weights(path)
-
-
-def saved_content(content: Any) -> Callable[[Path], None]:
-    return lambda path: torch.save(content, path)
-
-
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (absent, "no checkpoint at"),
-        (folder, "no checkpoint at"),
-        (empty, "a.pth"),
-        (text, "a.pth"),
-        (image_file, "a.pth"),
-        (safetensors_file, "a.pth"),
-        (torn_checkpoint, "cannot be read as a torch checkpoint"),
-        (torn_old_checkpoint(0.002), "a.pth"),
-        (torn_old_checkpoint(0.1), "a.pth"),
-        (torn_old_checkpoint(0.5), "a.pth"),
-        (torn_old_checkpoint(0.99), "a.pth"),
-        (saved_content(torch.zeros(3)), "expected a state dict of tensors"),
-        (saved_content([torch.zeros(3)]), "expected a state dict of tensors"),
-        (saved_content({"epoch": 3, "state_dict": {}}), "expected a state dict of tensors"),
-        (saved_content({0: torch.zeros(3)}), "is not a vEMden checkpoint"),
-        (saved_content({}), "lacks the layer 'conv1.weight'"),
-        (saved_content(NRRN(1, 4).state_dict()), "lacks the layer 'conv1.weight'"),
-    ],
-)
-def test_what_is_no_vemden_checkpoint_is_refused_by_path_and_reason(
-    tmp_path: Path, make: Callable[[Path], None], words: str
-) -> None:
-    path = tmp_path / "a.pth"
-    make(path)
-    with pytest.raises(InputError, match=words) as refusal:
-        import_vemden(path)
-    assert str(path) in str(refusal.value)
-
-
 def test_a_loaded_network_outlives_its_file(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_weights(tiny_network(channels=16), path, {})
     network = load_weights(path)
     path.write_bytes(b"")  # a file that is mapped into memory would end the process here
     assert torch.isfinite(network.denoise(torch.randn(3, 8, 8))).all()
+
+
+def test_bytes_are_the_file_that_save_weights_writes(tmp_path: Path) -> None:
+    save_weights(tiny_network(), tmp_path / "a.safetensors", {"z": 1})
+    assert (tmp_path / "a.safetensors").read_bytes() == weights_bytes(tiny_network(), {"z": 1})
+
+
+def test_bytes_parse_as_the_file_does() -> None:
+    data = weights_bytes(tiny_network(2, 3, seed=7), {"note": "of bytes"})
+    assert parse_header(data, "a") == {
+        "format": "nrrn-1",
+        "units": 2,
+        "channels": 3,
+        "training": {"note": "of bytes"},
+    }
+    found = parse_weights(data, "a").state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in tiny_network(2, 3, seed=7).state_dict().items())
+
+
+@pytest.mark.parametrize("parse", [parse_header, parse_weights])
+def test_bytes_that_are_cut_short_are_refused_under_the_name_given(parse: Callable[[bytes, str], object]) -> None:
+    data = weights_bytes(tiny_network(), {})
+    for kept in (0, 7, 8, 100, len(data) // 2, len(data) - 1):
+        with pytest.raises(InputError, match=r"^s3://lab/a is not a weights file"):
+            parse(data[:kept], "s3://lab/a")
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A folder, or what stands for one, for weights."""
+    if request.param == "local":
+        yield str(tmp_path)
+    elif request.param == "memory":
+        yield "memory://test_weights"
+        files = fsspec.filesystem("memory")
+        files.rm("/test_weights", recursive=True)
+    else:
+        store: ObjectStore = request.getfixturevalue("moto_s3")
+        store.make_bucket("weights")
+        with store.in_use():
+            yield f"s3://weights/{tmp_path.name}"
+
+
+def test_weights_are_described_and_loaded_wherever_they_are(place: str) -> None:
+    data = weights_bytes(tiny_network(1, 8, seed=3), {})
+    storage.write_file(f"{place}/a.safetensors", data)
+    weights = describe_weights(f"{place}/a.safetensors")
+    assert weights == Weights(f"{place}/a.safetensors", bytes_hash(data), 1, 8)
+    network = load_network(weights, "cpu", 3)
+    stack = np.random.default_rng(0).standard_normal((3, 9, 8), dtype=np.float32)
+    expected = tiny_network(1, 8, seed=3).denoise(torch.from_numpy(stack), images=3).numpy()
+    np.testing.assert_allclose(network(stack), expected, atol=1e-5)
+
+
+def test_weights_that_changed_are_refused_wherever_they_are(place: str) -> None:
+    storage.write_file(f"{place}/b.safetensors", weights_bytes(tiny_network(seed=4), {}))
+    weights = describe_weights(f"{place}/b.safetensors")
+    storage.write_file(f"{place}/b.safetensors", weights_bytes(tiny_network(seed=5), {}))
+    with pytest.raises(InputError, match="planned with"):
+        load_network(weights, "cpu", 3)
+
+
+@pytest.mark.parametrize("name", ["absent", "folder"])
+def test_weights_that_are_not_there_are_said_to_be_missing(place: str, name: str) -> None:
+    storage.write_file(f"{place}/folder/a.safetensors", weights_bytes(tiny_network(), {}))
+    with pytest.raises(InputError, match=f"^no weights at {place}/{name}: give a"):
+        describe_weights(f"{place}/{name}")
+
+
+def test_weights_whose_every_reading_differs_are_never_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tiny_weights(tmp_path / "a.safetensors").read_bytes()
+    readings = iter(range(1000))
+
+    def flipped(url: str, start: int = 0, stop: int | None = None) -> bytes:
+        place = next(readings) + len(data) // 2
+        return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+    monkeypatch.setattr(storage, "read_file", flipped)
+    with pytest.raises(StorageError, match="readings gave other bytes"):
+        read_weights(str(tmp_path / "a.safetensors"))
+
+
+def test_one_flipped_reading_of_weights_goes_unnoticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tiny_weights(tmp_path / "a.safetensors").read_bytes()
+    readings = iter([data[:-1] + bytes([data[-1] ^ 1])])
+    monkeypatch.setattr(storage, "read_file", lambda *_: next(readings, data))
+    assert read_weights(str(tmp_path / "a.safetensors")) == data
