@@ -104,7 +104,7 @@ def _state(driver: dict[str, Any], running: bool) -> str:
 
 
 def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else 0.0
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 2**60 else 0.0
 
 
 def _differences(volume: Volume, settings: dict[str, Any]) -> Iterator[str]:

@@ -58,11 +58,12 @@ class Lease:
         Raises InputError if another driver is at work.
         """
         while True:
-            yield from wait_for_end(self.ledger_url)
-            names = _names(self.ledger_url)
+            names = yield from wait_for_end(self.ledger_url)
             self.number = int(names[-1].partition(".")[0]) + 1 if names else 1
             if storage.write_document(self._url, self._document("running"), new=True) or self._is_ours():
-                break
+                if _names(self.ledger_url)[-1:] == [f"{self.number:07}.json"]:
+                    break
+                storage.remove_file(self._url)  # while we were asleep others came and went: our number was free again
         for name in names:
             storage.remove_file(f"{self.ledger_url}/drivers/{name}")
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -108,13 +109,16 @@ class Lease:
                 self.facts["renewal"] = reason_of(error)
 
 
-def wait_for_end(ledger_url: str) -> Generator[float, None, None]:
-    """Returns once nobody holds the lease. Raises InputError as soon as its holder gives a sign of life."""
+def wait_for_end(ledger_url: str) -> Generator[float, None, list[str]]:
+    """Returns the drivers' files, as it saw them, once nobody holds the lease.
+
+    Raises InputError as soon as its holder gives a sign of life.
+    """
     started, first = time.monotonic(), None
     while names := _names(ledger_url):
         holder = last_driver(ledger_url)
         if holder is not None and (holder.get("state") != "running" or process_is_gone(holder)):
-            return
+            return names
         first = first or (names, holder)
         if holder is not None and (names, holder) != first:
             raise InputError(
@@ -123,9 +127,10 @@ def wait_for_end(ledger_url: str) -> Generator[float, None, None]:
             )
         waited = time.monotonic() - started
         if waited >= LEASE_S:
-            return
+            return names
         yield waited
         time.sleep(LOOK_S)
+    return []
 
 
 def _names(ledger_url: str) -> list[str]:

@@ -22,7 +22,7 @@ from typing import Any
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, boxes_of
-from nrrn_pipeline.planning import DenoisePlan, slab_key
+from nrrn_pipeline.planning import MAX_SLABS, DenoisePlan, slab_key
 from nrrn_pipeline.statistics import SliceStatistics
 
 
@@ -104,10 +104,12 @@ class Ledger:
                 raise InputError(f"{self.array_url} was not made by nrrn denoise: it has no ledger")
             whole = Box.parse(settings["roi"])
             z, y, x = (int(size) for size in settings["slab"])
-            if min(z, y, x) < 1 or min(whole.shape) < 1 or prod(whole.shape) > 2**60:
+            if min(z, y, x) < 1 or min(whole.shape) < 1:
                 raise ValueError(f"slabs of {z},{y},{x} of {whole}")
+            if prod(-(-length // size) for length, size in zip(whole.shape, (z, y, x), strict=True)) > MAX_SLABS:
+                raise ValueError(f"countless slabs of {z},{y},{x} of {whole}")
             return {slab_key(keep): keep for keep in boxes_of(whole, (z, y, x))}
-        except (LookupError, ValueError, TypeError, AttributeError) as error:
+        except (LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise InputError(f"{self.url}/plan.json is damaged ({type(error).__name__}: {error})") from error
 
     def changes(self, plan: DenoisePlan) -> list[str]:
@@ -154,7 +156,7 @@ class Ledger:
                 document = storage.read_document(f"{self.url}/slabs/{name}") or {}
                 objects = {str(name): (int(size), str(crc)) for name, (size, crc) in document.pop("objects").items()}
                 return Record(**document, objects=objects)
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
+            except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
                 raise ValueError(f"the record of slab {key} is damaged: {error}") from error
         raise ValueError(f"slab {key} has no record")
 
@@ -183,7 +185,7 @@ class Ledger:
 
     def statistics(self) -> SliceStatistics | None:
         """What put_statistics kept; None if that is missing or damaged: they can be measured again."""
-        with suppress(ValueError, LookupError, TypeError):
+        with suppress(ValueError, LookupError, TypeError, OverflowError):
             document = storage.read_document(f"{self.url}/statistics.json")
             return None if document is None else SliceStatistics.from_dict(document)
         return None

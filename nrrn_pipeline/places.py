@@ -56,15 +56,21 @@ def absolute(url: str | os.PathLike[str]) -> str:
             return os.path.realpath(os.path.expanduser(text))
         return _absolute_url(text)
     except ValueError as error:
-        shown = text.rpartition("@")[2] if "@" in text else text
+        shown = text.rpartition("@")[2].partition("?")[0]
         raise InputError(f"{shown!r} cannot be a path or URL: {error}") from None
 
 
 def _absolute_url(text: str) -> str:
     scheme, _, rest = text.partition("://")
-    parts = urlsplit(text)
     if "::" in text:
         raise ValueError("chained URLs are not supported")
+    try:
+        parts = urlsplit(text)
+        parts.port  # noqa: B018  (a password with a slash in it looks like one)
+    except ValueError:
+        raise ValueError("its host or port is none, or it holds a password") from None
+    if not scheme:
+        raise ValueError("it names no scheme")
     if parts.username or parts.password or (parts.query and scheme in _WITHOUT_LISTING):
         raise ValueError("it holds a password or a query; credentials belong in the environment")
     rest = rest.rstrip("/").lstrip("/") if scheme == "memory" else rest.rstrip("/")
@@ -161,7 +167,10 @@ def using_options(options: str | Options | None) -> Iterator[None]:
     Raises InputError if they are malformed or hold what may be a secret.
     """
     before = os.environ.get(OPTIONS)
-    text = before or "" if options is None else options if isinstance(options, str) else json.dumps(dict(options))
+    try:
+        text = before or "" if options is None else options if isinstance(options, str) else json.dumps(dict(options))
+    except (TypeError, ValueError, RecursionError):
+        raise InputError("storage options are no table that JSON can hold: give them as '{\"anon\": true}'") from None
     table = _table(_read_if_named(text))
     try:
         os.environ[OPTIONS] = json.dumps(table)
@@ -210,16 +219,19 @@ def _table(text: str) -> dict[str, dict[str, Any]]:
     return table
 
 
-def _refuse_secrets(options: Mapping[str, Any]) -> None:
-    for name, value in options.items():
-        harmless_token = name == "token" and value in ("anon", "google_default", "cloud")
-        if name not in _NO_SECRETS and not harmless_token:
-            raise InputError(
-                f"storage option {name[:40]!r} is refused: it may be a secret, and options go with every task. Put "
-                "credentials into the environment of every worker (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), name a "
-                'profile ({"profile": "lab"}), or use fsspec\'s configuration files'
-            )
-        if isinstance(value, Mapping):
-            _refuse_secrets(value)
-        elif isinstance(value, str) and "@" in value and "://" in value:
-            raise InputError(f"storage option {name!r} is refused: its URL holds a password")
+def _refuse_secrets(options: Any, name: str = "") -> None:
+    if isinstance(options, Mapping):
+        for inner, value in options.items():
+            harmless_token = inner == "token" and value in ("anon", "google_default", "cloud")
+            if inner not in _NO_SECRETS and not harmless_token:
+                raise InputError(
+                    f"storage option {inner[:40]!r} is refused: it may be a secret, and options go with every task. "
+                    "Put credentials into the environment of every worker (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), "
+                    'name a profile ({"profile": "lab"}), or use fsspec\'s configuration files'
+                )
+            _refuse_secrets(value, inner)
+    elif isinstance(options, list):
+        for value in options:
+            _refuse_secrets(value, name)
+    elif isinstance(options, str) and "@" in options and "://" in options:
+        raise InputError(f"storage option {name!r} is refused: its URL holds a password")

@@ -66,7 +66,8 @@ def is_refused(error: BaseException) -> bool:
         return error.permanent
     if isinstance(error, (NrrnError, boto.BotoCoreError, aiohttp.ClientError)):
         return not is_transient(error)
-    return isinstance(error, OSError) and not isinstance(error, _ABSENT) and not is_transient(error)
+    answered = isinstance(error, OSError) or _status(error) is not None  # web servers' and GCS's are no OSErrors
+    return answered and not isinstance(error, _ABSENT) and not is_transient(error)
 
 
 def is_final(error: BaseException) -> bool:

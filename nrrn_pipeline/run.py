@@ -62,6 +62,9 @@ def run_plan(plan: DenoisePlan, runner: Runner, device: str = "auto", overwrite:
         statistics = yield from _measure(plan, runner)
     else:
         _refuse_changed_source(plan, statistics)
+    check_output(plan, overwrite)  # once more, as to measure takes long, and what is there may be deleted now
+    for waited in wait_for_end(ledger.url):
+        yield _waiting(waited)
     _claim_output(plan, statistics, replacing)
     lease, state = Lease(ledger.url), "interrupted"
     for waited in lease.take():

@@ -29,7 +29,7 @@ from nrrn_pipeline.statistics import SliceStatistics
 from nrrn_pipeline.volume import read_box, write_box
 
 # one slab computes at a time: with two in a process, the other is read, or written, meanwhile
-_computing = threading.Lock()
+_computing, _loading = threading.Lock(), threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def load_network(weights: Weights, device: str, images: int) -> Network:
     Raises InputError if the file is not the one that was planned with: a worker that sees another file under the same
     path would otherwise write slabs that do not fit the rest.
     """
-    with _computing:  # once, though two slabs may begin at a time
+    with _loading:  # once, though two slabs may begin at a time
         return _loaded(weights, device, images)
 
 

@@ -7,6 +7,7 @@ import os
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import google_crc32c
@@ -84,7 +85,7 @@ def read_file(url: str, start: int = 0, stop: int | None = None) -> bytes | None
                 return bytes(files.cat_file(path))
             return bytes(files.cat_file(path, start=start, end=stop))
         except _NOT_THERE:
-            if listed(url):
+            if can_list(url) and _is_listed(url, fresh):  # once: it is we who retry
                 raise StorageError(f"{url}: storage lists it but does not find it") from None
             raise
         except OSError as error:
@@ -157,21 +158,31 @@ def listed(url: str) -> bool:
     """Whether storage lists the file in its folder; no, where nothing can be listed."""
     if not can_list(url):
         return False
+    return retried(url, partial(_is_listed, url))
+
+
+def _is_listed(url: str, fresh: bool) -> bool:
     folder, _, name = url.rpartition("/")
-    return any(found == name for found in list_sizes(folder, beginning=name))
+    try:
+        return name in _whole_files(_entries(folder, name, fresh), beginning=name)
+    except _NOT_THERE:
+        return False
 
 
 def list_sizes(url: str, beginning: str = "") -> dict[str, int]:
     """Names of the whole files in a folder, those that begin so, with their bytes; none if there is no such folder."""
+    try:
+        return _whole_files(retried(url, partial(_entries, url, beginning)), beginning)
+    except _NOT_THERE:
+        return {}
 
-    def request(fresh: bool) -> list[dict[str, Any]]:
-        files, path = files_of(url, fresh)
-        files.invalidate_cache()
-        if beginning and url.startswith("s3://"):  # S3 looks for it, instead of listing all
-            return list(files.find(path, prefix=beginning, maxdepth=1, detail=True).values())
-        return list(files.ls(path, detail=True))
 
-    return _sizes(url, request, lambda name: name.rpartition("/")[2], beginning)
+def _entries(url: str, beginning: str, fresh: bool) -> list[dict[str, Any]]:
+    files, path = files_of(url, fresh)
+    files.invalidate_cache()
+    if beginning and url.startswith("s3://"):  # S3 looks for it, instead of listing all
+        return list(files.find(path, prefix=beginning, maxdepth=1, detail=True).values())
+    return list(files.ls(path, detail=True))
 
 
 def list_folders(url: str) -> list[str]:
@@ -198,22 +209,20 @@ def list_tree(url: str) -> dict[str, int]:
         files.invalidate_cache()
         return list(files.find(path, detail=True).values())
 
-    return _sizes(url, request, lambda name: name.removeprefix(root).lstrip("/"))
-
-
-def _sizes(
-    url: str, request: Callable[[bool], list[dict[str, Any]]], naming: Callable[[str], str], beginning: str = ""
-) -> dict[str, int]:
     try:
-        entries = retried(url, request)
+        return _whole_files(retried(url, request), below=root)
     except _NOT_THERE:
         return {}
-    named = {naming(entry["name"]): entry for entry in entries if entry["type"] == "file"}
-    return {
-        name: entry["size"]
-        for name, entry in named.items()
-        if name.startswith(beginning) and not name.endswith((".partial", "/")) and name  # "": a folder's mark
-    }
+
+
+def _whole_files(entries: list[dict[str, Any]], beginning: str = "", below: str | None = None) -> dict[str, int]:
+    found = {}
+    for entry in entries:
+        path = entry["name"]
+        name = path.rpartition("/")[2] if below is None else path.removeprefix(below).lstrip("/")
+        if entry["type"] == "file" and name.startswith(beginning) and not name.endswith((".partial", "/")) and name:
+            found[name] = entry["size"]
+    return found
 
 
 def exists(url: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -15,14 +16,15 @@ import psutil
 import pytest
 from distributed import Client, LocalCluster
 from fsspec.spec import AbstractFileSystem
-from numpy.typing import NDArray
 
-from nrrn_pipeline import Layout, api, verify
-from nrrn_pipeline.planning import DenoisePlan, plan_denoise
+from nrrn_pipeline import Layout, api, slab
+from nrrn_pipeline.geometry import Box
+from nrrn_pipeline.ledger import Ledger, Record
+from nrrn_pipeline.planning import DenoisePlan, plan_denoise, slab_key
 from nrrn_pipeline.run import run_plan
 from nrrn_pipeline.runners import DaskRunner
 from nrrn_pipeline.volume import open_volume
-from tests.support import bare_zarr, image_like, tiny_weights
+from tests.support import bare_zarr, tiny_weights
 
 SLABS, WARM = 10_000, 2_000
 DEPTH = 100  # slices of a source chunk
@@ -35,7 +37,7 @@ class Sizes(AbstractFileSystem):  # type: ignore[misc]
     protocol = "sizes"
     cachable = False
     objects: dict[str, bytes | int] = {}  # noqa: RUF012  (one for all instances, as a store is)
-    requests: Counter[str] = Counter()
+    requests: Counter[str] = Counter()  # noqa: RUF012
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
@@ -95,13 +97,86 @@ class Sizes(AbstractFileSystem):  # type: ignore[misc]
         self.requests[f"{what} {_kind(path)}"] += 1
 
 
+KINDS = {"/out.zarr/0/c/": "voxels", "/nrrn/slabs/": "record", "/nrrn/drivers": "lease", "/in.zarr/c/": "source"}
+
+
 def _kind(path: str) -> str:
-    for part, kind in {
-        "/0/c/": "voxels",
-        "/nrrn/slabs/": "record",
-        "/nrrn/drivers": "lease",
-        "/in.zarr/c/": "source",
-    }.items():
-        if part in path:
-            return kind
-    return path.rpartition("/")[2]
+    return next((kind for part, kind in KINDS.items() if part in path), path.rpartition("/")[2])
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DenoisePlan]:
+    """Of a network that does nothing, and 10,000 slabs of 64 voxels that nobody keeps."""
+    fsspec.register_implementation("sizes", Sizes, clobber=True)
+    monkeypatch.setattr(slab, "load_network", lambda *_: lambda stack: stack[1:-1])
+    noise = np.random.default_rng(0).integers(0, 256, (SLABS, 8, 8), dtype=np.uint8)
+    stored = bare_zarr(tmp_path / "in.zarr", noise, chunks=(DEPTH, 8, 8))
+    for file in filter(Path.is_file, stored.rglob("*")):
+        Sizes.objects[f"soak/in.zarr/{file.relative_to(stored)}"] = file.read_bytes()
+    weights = api.describe_weights(tiny_weights(tmp_path / "w.safetensors"))
+    layout = Layout(chunk=(1, 8, 8), shard=(1, 8, 8), tile=64)
+    yield plan_denoise(open_volume("sizes://soak/in.zarr"), "sizes://soak/out.zarr", weights, layout)
+    Sizes.objects.clear()
+    Sizes.requests.clear()
+
+
+def megabytes() -> float:
+    """What this process holds, less what stands for the store."""
+    gc.collect()
+    kept = sum(sys.getsizeof(name) + sys.getsizeof(held) for name, held in Sizes.objects.items())
+    return (psutil.Process().memory_info().rss - kept - sys.getsizeof(Sizes.objects)) / 1e6
+
+
+@pytest.mark.timeout(1200)
+def test_of_ten_thousand_slabs_each_costs_the_same_requests_and_the_driver_keeps_none(plan: DenoisePlan) -> None:
+    done, tasks, memory, requests = 0, [0], {}, {}
+    with (
+        LocalCluster(
+            processes=False, n_workers=1, threads_per_worker=THREADS, dashboard_address="127.0.0.1:0"
+        ) as cluster,
+        Client(cluster) as client,
+    ):
+        for progress in run_plan(plan, DaskRunner(client), "cpu"):
+            if progress.record is None:
+                continue
+            done += 1
+            tasks.append(len(cluster.scheduler.tasks))
+            if done in (WARM, SLABS):
+                memory[done], requests[done] = megabytes(), Sizes.requests.copy()
+            if done == 1:
+                started = time.perf_counter()
+            if done == SLABS:
+                seconds = time.perf_counter() - started
+    print(f"{1000 * seconds / SLABS:.1f} ms a slab; MB after so many slabs: {memory}; at the end {Sizes.requests}")
+    assert done == SLABS
+    assert max(tasks) <= 2 * THREADS + 2  # in flight, and those that are being forgotten
+    assert memory[SLABS] <= 1.05 * memory[WARM]
+    found = Sizes.requests
+    # a chunk of the source for each slab and for each one beside a chunk's end; and as many to measure them
+    assert found["read source"] == SLABS + 2 * (SLABS // DEPTH - 1) + SLABS // DEPTH
+    assert found["read plan.json"] == SLABS + 2  # before it was begun there was none
+    assert found["write voxels"] == found["write record"] == SLABS
+    of_the_run = {"lease"}  # renewed every so many seconds
+    others = {what: n for what, n in found.items() if n < SLABS and what.split()[1] not in of_the_run}
+    assert sum(others.values()) < 50, others
+    lists = [sum(n for what, n in at.items() if what.startswith("list")) for at in requests.values()]
+    assert lists[1] - lists[0] <= seconds  # those of the lease: none for a slab
+
+
+def test_what_is_whole_is_told_in_time_that_grows_with_its_slabs_and_no_faster(
+    plan: DenoisePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger, keeps = Ledger(plan.target.url), [slab.keep for slab in plan.slabs[:1000]]
+    for keep in keeps:
+        ledger.put(Record(slab_key(keep), keep.size, 1, 1, "", 1, {"c": (64, "")}))
+    units, stored = {slab_key(keep): {keep} for keep in keeps}, dict.fromkeys(keeps, 64)
+    hashed = Counter[int]()
+    real = Box.__hash__
+
+    def counting(box: Box) -> int:
+        hashed[0] += 1
+        return real(box)
+
+    monkeypatch.setattr(Box, "__hash__", counting)
+    assert ledger.torn(units, stored) == {}
+    assert hashed[0] <= 10 * len(keeps)

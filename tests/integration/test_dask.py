@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +251,8 @@ def test_tasks_ask_for_a_gpu_where_workers_declare_some(tmp_path: Path) -> None:
         list(DaskRunner(client)(partial(_note_when, tmp_path), range(4)))
     spans = sorted(tuple(map(int, file.read_text().split())) for file in tmp_path.iterdir())
     assert len(spans) == 4
-    assert all(stop <= start for (_, stop), (start, _) in pairwise(spans))
+    at_once = [sum(begin <= start < end for begin, end in spans) for start, _ in spans]
+    assert max(at_once) == 2  # one computes, one is read or written
 
 
 def test_tasks_ask_for_nothing_where_workers_declare_nothing(

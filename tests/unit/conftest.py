@@ -9,10 +9,14 @@ from typing import Any
 
 import fsspec
 import pytest
+from hypothesis import settings
 
 from nrrn_pipeline import retrying, storage
 from nrrn_pipeline.places import files_of
 from tests.servers import ObjectStore
+
+settings.register_profile("unit", deadline=None)  # other work on the machine is no failure
+settings.load_profile("unit")
 
 Meddler = Callable[[Callable[[], Any], int], Any]
 

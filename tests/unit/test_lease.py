@@ -335,7 +335,7 @@ def test_waiting_ends_when_the_driver_ends(tmp_path: Path, monkeypatch: pytest.M
 
 
 @given(content=st.binary() | JSON.map(lambda value: json.dumps(value).encode()) | st.just(b"[" * 100_000))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_drivers_file_does_more_than_refuse(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     monkeypatch.setattr(lease_module, "LEASE_S", 0.0)
     url = f"memory://drivers/{uuid.uuid4().hex}"
@@ -348,7 +348,7 @@ def test_no_drivers_file_does_more_than_refuse(monkeypatch: pytest.MonkeyPatch, 
     document=st.dictionaries(st.sampled_from(["owner", "state", "renewed", "host", "pid", "machine", "began"]), JSON),
     here=st.booleans(),
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_nothing_that_a_driver_says_does_more_than_refuse(
     monkeypatch: pytest.MonkeyPatch, document: dict[str, Any], here: bool
 ) -> None:
@@ -362,7 +362,7 @@ def test_nothing_that_a_driver_says_does_more_than_refuse(
 
 
 @given(name=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\0"), min_size=1))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 def test_no_name_among_the_drivers_does_harm(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(lease_module, "LEASE_S", 0.0)
     url = f"memory://drivers/{uuid.uuid4().hex}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import fsspec
-import google_crc32c
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -23,7 +21,7 @@ from hypothesis import strategies as st
 
 from nrrn_pipeline import retrying, storage
 from nrrn_pipeline.errors import InputError, StorageError
-from nrrn_pipeline.geometry import Box, Span, box_of, boxes_of, cells_of
+from nrrn_pipeline.geometry import Box, Span, box_of, boxes_of
 from nrrn_pipeline.places import REQUESTS_AT_ONCE
 from nrrn_pipeline.volume import Volume, create_volume, open_volume, read_box, stores, voxels, write_box
 from tests.servers import ObjectStore
@@ -32,7 +30,6 @@ from tests.support import bare_zarr, image_like, ome_image
 SHAPE = (8, 32, 32)
 IMAGE = image_like((16, 64, 32), "uint16")
 PART = Box(Span(3, 7), Span(10, 16), Span(0, 32))  # four chunks of (4, 16, 16) in the first shard
-Answer = Callable[[str, int, "int | None"], "bytes | None"]
 
 
 @pytest.fixture(autouse=True)
@@ -108,11 +105,6 @@ def index_of(shard: bytes, chunks: int) -> np.ndarray[Any, Any]:
     return np.frombuffer(shard[-16 * chunks - 4 : -4], "<u8").reshape(-1, 2).copy()
 
 
-def with_index(shard: bytes, index: np.ndarray[Any, Any]) -> bytes:
-    stored = index.astype("<u8").tobytes()
-    return shard[: -len(stored) - 4] + stored + google_crc32c.value(stored).to_bytes(4, "little")
-
-
 def test_a_whole_shard_is_one_request(tmp_path: Path, requests: Requests) -> None:
     volume = sharded(tmp_path)
     requests.made.clear()
@@ -158,7 +150,7 @@ def test_chunks_of_a_shard_come_in_the_fewest_requests_that_the_gap_allows(
     shard = (Path(volume.url) / "c/0/0/0").read_bytes()
     wanted = np.zeros(len(shard), bool)
     for place, chunk in enumerate(boxes_of(box_of(SHAPE), (4, 16, 16))):
-        if any(True for _ in cells_of(intersection(box, chunk), SHAPE)):
+        if all(a.start < b.stop and b.start < a.stop for a, b in zip(box.spans, chunk.spans, strict=True)):
             offset, length = index_of(shard, 8)[place]
             wanted[offset : offset + length] = True
     taken = np.flatnonzero(wanted)
@@ -171,16 +163,11 @@ def test_chunks_of_a_shard_come_in_the_fewest_requests_that_the_gap_allows(
         assert sum(length for _, _, length in requests.made[1:]) == len(taken)
 
 
-def intersection(a: Box, b: Box) -> Box:
-    spans = (Span(max(s.start, t.start), min(s.stop, t.stop)) for s, t in zip(a.spans, b.spans, strict=True))
-    return Box(*spans)
-
-
 @pytest.mark.parametrize("write_unit", [SHAPE, (4, 16, 16)], ids=["sharded", "unsharded"])
 def test_writing_reads_nothing_and_writes_each_object_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requests: Requests, write_unit: tuple[int, int, int]
 ) -> None:
-    volume = Volume(f"{tmp_path}/a.zarr/0", IMAGE.shape, "uint16", (4, 16, 16), write_unit, level_path="0")  # type: ignore[arg-type]
+    volume = Volume(f"{tmp_path}/a.zarr/0", IMAGE.shape, "uint16", (4, 16, 16), write_unit, level_path="0")
     create_volume(volume, {})
     requests.made.clear()
     written: list[str] = []
@@ -251,7 +238,7 @@ def test_an_object_that_decodes_at_the_third_reading_is_read_until_then(
 ) -> None:
     volume = make(tmp_path)
     requests.made.clear()
-    readings = answering(monkeypatch, "c/1/0/0", lambda data: data[:-9] + bytes(9), times=2)
+    readings = answering(monkeypatch, "c/1/0/0", lambda data: data[:-9], times=2)
     np.testing.assert_array_equal(read_box(volume, volume.box), IMAGE)
     assert len(readings) == 3
     assert max(requests.keys.values()) == 3
@@ -379,55 +366,3 @@ def test_any_box_of_any_layout_is_numpy_slicing(
         patch.setattr(stores, "GAP_BYTES", gap)
         volume = open_volume(bare_zarr(Path(folder) / "a.zarr", image, chunk, shards=shard))
         np.testing.assert_array_equal(read_box(volume, box), image[box.within(volume.box)])
-
-
-def everywhere(offset: int, length: int) -> Callable[[np.ndarray[Any, Any], int], None]:
-    def change(index: np.ndarray[Any, Any], _: int) -> None:
-        index[:] = offset, length
-
-    return change
-
-
-def whole_shard(index: np.ndarray[Any, Any], size: int) -> None:
-    index[:] = 0, size
-
-
-def overlapping(index: np.ndarray[Any, Any], _: int) -> None:
-    index[1:, 0] -= 1
-
-
-HOSTILE = {
-    "far away": everywhere(2**63, 100),
-    "farthest away": everywhere(2**64 - 101, 100),
-    "beyond the end": everywhere(2**40, 100),
-    "endless": everywhere(0, 2**60),
-    "overflowing": everywhere(2**64 - 2, 2**64 - 2),
-    "nothing": everywhere(0, 0),
-    "half absent": everywhere(5, 2**64 - 1),
-    "whole shard": whole_shard,
-    "overlapping": overlapping,
-}
-
-
-@pytest.mark.parametrize("box", [box_of((128, 128, 128)), Box(Span(5, 100), Span(0, 128), Span(0, 128))], ids=str)
-@pytest.mark.parametrize("change", HOSTILE)
-def test_a_hostile_shard_index_is_an_error_that_names_the_shard_and_takes_no_time_or_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, box: Box
-) -> None:
-    monkeypatch.setattr(voxels, "DECODE_ATTEMPTS", 2)
-    noise = np.random.default_rng(0).integers(0, 256, (128, 128, 128), np.uint8)
-    volume = open_volume(bare_zarr(tmp_path / "a.zarr", noise, (16, 16, 16), shards=(128, 128, 128)))
-    file = Path(volume.url) / "c/0/0/0"
-    shard = file.read_bytes()
-    index = index_of(shard, 512)
-    HOSTILE[change](index, len(shard))
-    file.write_bytes(with_index(shard, index))
-    tracemalloc.start()
-    try:
-        started = time.monotonic()
-        with pytest.raises(StorageError, match=f"^{volume.url}/c/0/0/0"):
-            read_box(volume, box)
-        assert time.monotonic() - started < 20
-        assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
-    finally:
-        tracemalloc.stop()
