@@ -5,10 +5,22 @@ from __future__ import annotations
 GO_ON = "what is done is kept: run the same command again to go on"
 
 
+MOST_CHARACTERS = 1500  # of one message; what a file says of itself may be of any length
+
+
+def readable(text: str) -> str:
+    """One line that a terminal shows as it is: what a hostile file makes us quote cannot forge another line."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: MOST_CHARACTERS + 1])
+    return shown if len(shown) <= MOST_CHARACTERS else f"{shown[:MOST_CHARACTERS]}..."
+
+
 class NrrnError(Exception):
     """A message for the user, shown as one line; `exit_status` is the command line's."""
 
     exit_status = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(readable(message))
 
 
 class InputError(NrrnError):
@@ -26,12 +38,15 @@ class SlabsFailedError(RunError):
 
     exit_status = 3
 
+    def __init__(self, message: str) -> None:
+        Exception.__init__(self, "\n".join(map(readable, message.split("\n"))))
+
 
 class StorageError(OSError):
     """Storage refused, or failed on every attempt; no retry helps if `permanent`. Its text never holds a secret."""
 
     def __init__(self, message: str, permanent: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(readable(message))
         self.permanent = permanent
 
     def __reduce__(self) -> tuple[type[StorageError], tuple[str, bool]]:

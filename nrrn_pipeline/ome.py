@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ _NM = {
     "millimeter": 1e6,
     "meter": 1e9,
 }
+MAX_PATH = 250  # characters
 _TYPES = {"t": "time", "c": "channel"}
 
 
@@ -49,7 +51,7 @@ def read_levels(attributes: Mapping[str, Any]) -> tuple[Level, ...]:
         axes = [axis if isinstance(axis, dict) else {"name": axis} for axis in image.get("axes", "tczyx")]
         whole = image.get("coordinateTransformations", [])
         return tuple(_level(dataset, axes, whole) for dataset in image["datasets"])
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise InputError(f"its OME-Zarr multiscales metadata is damaged ({type(error).__name__}: {error})") from error
 
 
@@ -61,13 +63,17 @@ def _level(dataset: Mapping[str, Any], axes: Sequence[Mapping[str, Any]], whole:
             translation = [a * float(b) for a, b in zip(translation, step["scale"], strict=True)]
         elif step["type"] == "translation":
             translation = [a + float(b) for a, b in zip(translation, step["translation"], strict=True)]
-    if not all(size > 0 for size in scale):
-        raise ValueError(f"scale {scale} is not positive")
+    if not all(size > 0 for size in scale) or not all(map(math.isfinite, [*scale, *translation])):
+        raise ValueError(f"scale {scale} is not positive, or translation {translation} is no place")
+    path = dataset["path"].rstrip("/")
+    parts = path.split("/")
+    if len(path) > MAX_PATH or not path.isprintable() or "://" in path or not {"", ".", ".."}.isdisjoint(parts):
+        raise ValueError(f"path {path[:MAX_PATH]!r} does not lead to an array below the group")
     units = [_NM.get(str(axis.get("unit")).lower()) for axis in axes[-3:]]
     in_nm = all(units)
     factors = [unit if in_nm and unit else 1.0 for unit in units]
     return Level(
-        path=str(dataset["path"]),
+        path=path,
         axes=tuple(str(axis["name"]).lower() for axis in axes),
         voxel_size=_triple([a * b for a, b in zip(scale[-3:], factors, strict=True)]),
         origin=_triple([a * b for a, b in zip(translation[-3:], factors, strict=True)]),

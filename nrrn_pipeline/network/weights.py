@@ -86,7 +86,13 @@ def load_weights(path: str | os.PathLike[str]) -> NRRN:
 def parse_weights(data: bytes, name: str | os.PathLike[str]) -> NRRN:
     """The same, of the bytes of a file of that name."""
     header = parse_header(data, name)
-    return _network(header["units"], header["channels"], load(data), name)
+    try:
+        tensors = load(data)
+    except (SafetensorError, LookupError, ValueError, RuntimeError, TypeError) as error:
+        raise InputError(f"{name} is damaged: its tensors cannot be read ({error})") from error
+    if not all(tensor.is_floating_point() for tensor in tensors.values()):
+        raise InputError(f"{name} does not hold an NRRN: some of its tensors are not of real numbers")
+    return _network(header["units"], header["channels"], tensors, name)
 
 
 def weights_hash(path: str | os.PathLike[str]) -> str:
@@ -104,7 +110,7 @@ def _read(path: str | os.PathLike[str]) -> bytes:
         if os.path.getsize(path) > MAX_BYTES:
             raise InputError(f"{path} is no weights file: it has more than {MAX_BYTES} bytes")
         return Path(path).read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise InputError(NO_WEIGHTS.format(path)) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not a weights file ({error}): expected .safetensors by nrrn train") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 DTYPES = ("uint8", "uint16", "float32")
 MAX_AXIS = 2**24  # voxels; the longest axis ever imaged has a hundredth of that
 MAX_CHUNK_BYTES = 2**31  # one chunk is decoded whole, in memory
-MAX_METADATA_BYTES = 2**24
+MAX_METADATA_BYTES = 2**20
+MAX_CODECS = 16
 
 Metadata = ArrayV2Metadata | ArrayV3Metadata
 
@@ -124,7 +125,7 @@ def describe(document: Mapping[str, Any], url: str, level: ome.Level | None) -> 
 
     Raises InputError if the metadata are damaged or hostile, or it is no single-channel 3-D volume of DTYPES.
     """
-    text = json.dumps(document)
+    text = json.dumps({**document, "attributes": {}})  # it goes with every task; attributes may be long
     try:
         metadata = _parsed(text)
     except InputError as error:
@@ -181,6 +182,9 @@ def _refuse_hostile(document: Mapping[str, Any]) -> None:
     grid = (
         document["chunk_grid"]["configuration"]["chunk_shape"] if document["zarr_format"] == 3 else document["chunks"]
     )
+    for codecs in _codec_lists(document):
+        if isinstance(codecs, Sequence) and len(codecs) > MAX_CODECS:
+            raise InputError(f"it has {len(codecs)} codecs one after the other: expected {MAX_CODECS} at most")
     for name, sizes, least in (("shape", shape, 0), ("chunk", grid, 1)):
         if not isinstance(sizes, Sequence) or not all(type(size) is int and size >= least for size in sizes):
             raise InputError(f"its {name} {_short(sizes)} is not made of sizes of {least} or more")
@@ -190,8 +194,20 @@ def _refuse_hostile(document: Mapping[str, Any]) -> None:
         raise InputError(f"its chunks of {_short(grid)} voxels cannot be decoded in memory: rechunk it")
 
 
+def _codec_lists(value: Any) -> Iterator[Any]:
+    """All lists of codecs and filters, also those inside of others."""
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            if name in ("codecs", "index_codecs", "filters"):
+                yield inner
+            yield from _codec_lists(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _codec_lists(inner)
+
+
 def _short(value: Any) -> str:
-    return str(value)[:100]
+    return f"{value!r:.100}"
 
 
 def _last3(values: tuple[int, ...]) -> Shape:

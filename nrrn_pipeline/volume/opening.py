@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from nrrn_pipeline import ome, storage
-from nrrn_pipeline.errors import InputError, StorageError
+from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.places import absolute, can_list
 from nrrn_pipeline.volume.metadata import MAX_METADATA_BYTES, Volume, describe, name_of, new_metadata
 
@@ -101,7 +101,7 @@ def _open_node(url: str) -> Node:
         node = _node(url)
         if node is None and can_list(url) and not storage.exists(url):
             raise InputError(f"no volume at {url}: there is nothing there")
-    except (StorageError, PermissionError) as error:
+    except OSError as error:
         raise InputError(f"{url} cannot be read: {error}. Check the address, and your credentials for it") from error
     if node is None:
         raise InputError(f"{url} is not a Zarr volume: expected a Zarr array or an OME-Zarr group")
@@ -134,6 +134,8 @@ def _read_json(url: str) -> Node | None:
     data = storage.read_agreed(url, MAX_METADATA_BYTES)
     if data is None:
         return None
+    if len(data) == MAX_METADATA_BYTES:
+        raise InputError(f"{url} is refused: metadata of {MAX_METADATA_BYTES} bytes or more are no volume's")
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
