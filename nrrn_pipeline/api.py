@@ -32,7 +32,7 @@ from nrrn_pipeline.network import (
 )
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.planning import DenoisePlan, Layout, Method, Weights, plan_denoise
-from nrrn_pipeline.run import Progress, check_output, run_plan
+from nrrn_pipeline.run import Progress, check_output, refuse_changed_source, run_plan
 from nrrn_pipeline.runners import DaskRunner, Runner, run_serially
 from nrrn_pipeline.slab import read_weights
 from nrrn_pipeline.training.fit import OnStep, TrainSettings, fit
@@ -223,7 +223,10 @@ def repair(
     except (LookupError, ValueError, TypeError) as error:
         raise InputError(f"{output} cannot be repaired: its settings are damaged ({error})") from error
     again = replace(options or Options(), level=level, roi=roi, layout=layout, method=method, overwrite=False)
-    check_output(_plan(source, volume.group_url, used, again))
+    made = _plan(source, volume.group_url, used, again)
+    check_output(made)
+    if (statistics := ledger.statistics()) is not None:
+        refuse_changed_source(made, statistics)  # before anything is forgotten
     for checked in found:
         ledger.forget(checked.slab or "")
     set_provenance(volume.group_url, provenance | {"state": "unfinished"})

@@ -43,7 +43,7 @@ class Status:
 
 
 def check(output: str | os.PathLike[str], deep: bool = False) -> Iterator[Checked]:
-    """Check every slab: recorded, and its objects there in the sizes recorded; `deep`: read, and their CRC-32C right.
+    """Check every slab: recorded, and its objects there in the sizes recorded; `deep`: read, and what was written.
 
     Raises InputError if there is no output of nrrn denoise there.
     """
@@ -139,7 +139,7 @@ def _damage(volume: Volume, ledger: Ledger, key: str, units: set[Box]) -> Iterat
             yield f"slab {key}: its record lacks {name}, voxels {unit}"
             continue
         data = storage.read_file(f"{volume.url}/{name}")
-        if data is None or storage.crc32c(data) != objects[name][1]:
+        if data is None or storage.digest(data) != objects[name][1]:
             again = storage.read_file(f"{volume.url}/{name}")  # it may have been damaged on the way
-            if again is None or storage.crc32c(again) != objects[name][1]:
-                yield f"slab {key}: {name}, voxels {unit}, is not what was written: its CRC-32C differs"
+            if again is None or storage.digest(again) != objects[name][1]:
+                yield f"slab {key}: {name}, voxels {unit}, is not what was written"

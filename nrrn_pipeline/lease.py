@@ -28,6 +28,8 @@ RENEW_S = 10.0
 LEASE_S = 60.0
 LOOK_S = 1.0  # how often a driver that waits looks
 
+_held: set[str] = set()  # owners in this process, which may be alive and hold none any more
+
 
 def last_driver(ledger_url: str) -> dict[str, Any] | None:
     """What the driver at work, or the last one, says of itself; None if there was none or it cannot be read."""
@@ -66,6 +68,7 @@ class Lease:
                 storage.remove_file(self._url)  # while we were asleep others came and went: our number was free again
         for name in names:
             storage.remove_file(f"{self.ledger_url}/drivers/{name}")
+        _held.add(self.owner)
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self._thread.start()
 
@@ -80,9 +83,15 @@ class Lease:
         if self._thread is None:
             return
         self._thread.join(timeout=5)
-        with suppress(OSError):  # where storage is away the lease runs out by itself
+        _held.discard(self.owner)
+        with suppress(OSError):  # where storage is away, or full, the lease runs out by itself
             if not self.lost and self._is_ours():
                 storage.write_document(self._url, self._document(state))
+
+    @property
+    def taken(self) -> bool:
+        """Whether it was ever ours."""
+        return self._thread is not None
 
     @property
     def _url(self) -> str:
@@ -169,4 +178,6 @@ def process_is_gone(document: dict[str, Any]) -> bool:
     machine, pid = _machine(), document.get("pid")
     if not machine or document.get("machine") != machine or type(pid) is not int:
         return False
+    if pid == os.getpid() and document.get("owner") not in _held:
+        return True
     return _start_of(pid) != document.get("began")

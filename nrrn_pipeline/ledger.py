@@ -30,7 +30,7 @@ from nrrn_pipeline.statistics import SliceStatistics
 class Record:
     """One finished slab. `peak_memory_bytes` is its worker process's so far; `finished` is seconds since 1970.
 
-    `objects`: each stored object's key below the array -> its bytes and their CRC-32C.
+    `objects`: each stored object's key below the array -> its bytes and their digest (storage.digest).
     """
 
     key: str
@@ -137,7 +137,7 @@ class Ledger:
         """
         wrong = {}
         for key, claims in self.done().items():
-            if missing := units.get(key, set()) - stored.keys():
+            if missing := [unit for unit in units.get(key, ()) if unit not in stored]:
                 wrong[key] = f"{len(missing)} of its shards are gone"
             elif key in units and (found := sum(stored[unit] for unit in units[key])) not in claims:
                 damage = f"its shards have {found} bytes, not the {max(claims)} that were written"

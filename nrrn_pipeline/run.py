@@ -61,29 +61,30 @@ def run_plan(plan: DenoisePlan, runner: Runner, device: str = "auto", overwrite:
     if statistics is None:
         statistics = yield from _measure(plan, runner)
     else:
-        _refuse_changed_source(plan, statistics)
+        refuse_changed_source(plan, statistics)
     check_output(plan, overwrite)  # once more, as to measure takes long, and what is there may be deleted now
     for waited in wait_for_end(ledger.url):
         yield _waiting(waited)
     _claim_output(plan, statistics, replacing)
     lease, state = Lease(ledger.url), "interrupted"
-    for waited in lease.take():
-        yield _waiting(waited)
     try:
+        for waited in lease.take():
+            yield _waiting(waited)
         create_volume(plan.target, _provenance(plan))
         yield from _slabs(plan, statistics, runner, device, lease)
+        provenance = get_provenance(plan.group_url) or {}
+        if provenance.get("state") != "complete":
+            set_provenance(plan.group_url, provenance | {"state": "complete", "completed": _now()})
         state = "complete"
-    except InputError as error:  # of a worker: weights, device or output are not the planned ones there
+    except Exception as error:
         state = "failed"
-        raise RunError(f"{error}. Mend this; {GO_ON}") from error
-    except Exception:
-        state = "failed"
+        if isinstance(error, InputError) and lease.taken:  # a worker's: weights, device or output are others there
+            raise RunError(f"{error}. Mend this; {GO_ON}") from error
+        if isinstance(error, OSError):
+            raise_permanent(error, f"the output {plan.group_url}")
         raise
     finally:
         lease.release(state)
-    provenance = get_provenance(plan.group_url) or {}
-    if provenance.get("state") != "complete":
-        set_provenance(plan.group_url, provenance | {"state": "complete", "completed": _now()})
 
 
 def check_output(plan: DenoisePlan, overwrite: bool = False) -> None:
@@ -133,7 +134,7 @@ def _resumable(plan: DenoisePlan) -> bool:
         return False
 
 
-def _refuse_changed_source(plan: DenoisePlan, kept: SliceStatistics) -> None:
+def refuse_changed_source(plan: DenoisePlan, kept: SliceStatistics) -> None:
     """Raises InputError if a slice in the middle has another mean or std than when the output was begun."""
     z = (plan.statistics_z.start + plan.statistics_z.stop) // 2
     middle = Span(z, z + 1)
@@ -195,6 +196,8 @@ def _slabs(
         ledger.forget(key)
         yield Progress("denoising", 0, len(slabs), note=f"slab {key}: {wrong}; it is denoised again")
     recorded, failed_before = ledger.done(), ledger.failed()
+    for key in failed_before & recorded.keys():  # its driver was killed before it could
+        ledger.clear_failure(key)
     left = [slab for slab in slabs if slab.key not in recorded]
     used = statistics.pooled() if plan.method.statistics == "volume" else statistics
     tasks = (SlabTask(slab, used.of(slab.read.z)) for slab in left)

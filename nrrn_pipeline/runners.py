@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import Any, Protocol
 
 import distributed
@@ -65,18 +67,25 @@ class DaskRunner:
         An item whose worker died is tried again alone, when all others are done: it may have died of its neighbour.
         """
         there = partial(_with_options, options_text(), task)
+        # keys of one group: Dask keeps account of every group for as long as anything runs
+        group, numbers = f"{_name_of(task)}-{uuid.uuid4().hex}", count()
         waiting = ((item, 1) for item in items)
         again: list[tuple[Any, int]] = []
         suspects: list[tuple[Any, int]] = []
         running: dict[Any, tuple[Any, int]] = {}
         try:
             resources = self._resources()
+
+            def start(entry: tuple[Any, int]) -> None:
+                key = (group, next(numbers))
+                running[self.client.submit(there, entry[0], key=key, pure=False, resources=resources)] = entry
+
             while True:
-                while len(running) < self._at_once() and (entry := again.pop() if again else next(waiting, None)):
-                    running[self.client.submit(there, entry[0], pure=False, resources=resources)] = entry
+                threads = self._at_once()
+                while len(running) < threads and (entry := again.pop() if again else next(waiting, None)):
+                    start(entry)
                 if not running and suspects:
-                    entry = suspects.pop()
-                    running[self.client.submit(there, entry[0], pure=False, resources=resources)] = entry
+                    start(suspects.pop())
                 if not running:
                     return
                 for future in self._finished(list(running)):
@@ -126,6 +135,11 @@ def raise_permanent(error: BaseException, item: Any) -> None:
         where = f" ({filename})" if (filename := getattr(error, "filename", None)) else ""
         said = getattr(error, "strerror", None) or reason_of(error)
         raise RunError(f"{item}: storage refused a read or write: {said}{where}. Mend this; {GO_ON}") from error
+
+
+def _name_of(task: Callable[[Any], Any]) -> str:
+    """What the dashboard calls it."""
+    return str(getattr(getattr(task, "func", task), "__name__", "task"))
 
 
 def _with_options(options: str, task: Callable[[Any], Any], item: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
@@ -9,8 +10,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
-
-import google_crc32c
 
 from nrrn_pipeline.errors import StorageError
 from nrrn_pipeline.places import can_list, files_of
@@ -125,8 +124,8 @@ def write_document(url: str, document: dict[str, Any], new: bool = False) -> boo
 
 
 def sealed(document: dict[str, Any]) -> bytes:
-    """JSON that holds its own checksum, under crc32c."""
-    return json.dumps({"crc32c": _checksum(document), **document}).encode()
+    """JSON that holds its own checksum, under digest."""
+    return json.dumps({"digest": _digest_of(document), **document}).encode()
 
 
 def read_document(url: str) -> dict[str, Any] | None:
@@ -140,18 +139,21 @@ def read_document(url: str) -> dict[str, Any] | None:
             return None
         with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
             document = json.loads(data)
-            if document.pop("crc32c") == _checksum(document):
+            if document.pop("digest") == _digest_of(document):
                 return dict(document)
     raise ValueError(f"{url} is damaged: what is in it does not fit its checksum")
 
 
-def _checksum(document: dict[str, Any]) -> str:
-    return crc32c(json.dumps(document, sort_keys=True).encode())  # of tuples and lists alike
+def _digest_of(document: dict[str, Any]) -> str:
+    return digest(json.dumps(document, sort_keys=True).encode())  # of tuples and lists alike
 
 
-def crc32c(data: bytes | memoryview) -> str:
-    """The CRC-32C checksum (Castagnoli, RFC 3720), 8 hexadecimal digits."""
-    return f"{google_crc32c.value(bytes(data)):08x}"
+def digest(data: bytes) -> str:
+    """BLAKE2b of 8 bytes, in hexadecimal digits: whether bytes are those that were written.
+
+    No CRC-32C: chunks end with their own, and the CRC-32C of data with its CRC-32C is the same whatever the data.
+    """
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def listed(url: str) -> bool:

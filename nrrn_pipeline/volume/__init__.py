@@ -8,7 +8,7 @@ from nrrn_pipeline.volume.opening import (
     open_volume,
     set_provenance,
 )
-from nrrn_pipeline.volume.voxels import missing_chunks, object_key, read_box, stored_units, to_xarray, write_box
+from nrrn_pipeline.volume.voxels import object_key, read_box, stored_units, to_xarray, write_box
 
 __all__ = [
     "DTYPES",
@@ -16,7 +16,6 @@ __all__ = [
     "create_volume",
     "get_provenance",
     "is_zarr",
-    "missing_chunks",
     "object_key",
     "open_volume",
     "read_box",

@@ -104,6 +104,7 @@ def _parsed(metadata: str) -> Metadata:
     return cast("Metadata", bounded(cast("Any", kind).from_dict(document)))
 
 
+@lru_cache(maxsize=16)
 def new_metadata(volume: Volume) -> str:
     """zarr.json of an array that is about to be created: zstd, and a CRC-32C on each chunk and shard index."""
     lead = (1,) * volume.lead_axes

@@ -73,7 +73,7 @@ class ReadChunks(MemoryStore):
 
 
 class WriteChunks(MemoryStore):
-    """Takes the chunks of one array, and notes the size and CRC-32C of each object; shows none.
+    """Takes the chunks of one array, and notes the size and digest of each object; shows none.
 
     zarr 3.1 reads every shard back before it writes it, whole or not (`ShardingCodec._encode_partial_single`); one torn
     by a killed worker would fail every retry. A task owns whole write units: there is never anything to keep.
@@ -93,7 +93,7 @@ class WriteChunks(MemoryStore):
         data = value.to_bytes()
         write = partial(storage.write_file, _inside(self.url, key), data)
         await asyncio.get_running_loop().run_in_executor(_requests, write)
-        self.written[key] = (len(data), storage.crc32c(data))
+        self.written[key] = (len(data), storage.digest(data))
 
     async def delete(self, key: str) -> None:
         """Never: zarr deletes chunks that are all fill value, which must not look absent."""

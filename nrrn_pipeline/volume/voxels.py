@@ -14,17 +14,17 @@ from zarr.storage import StorePath
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import StorageError
-from nrrn_pipeline.geometry import Box, Span, boxes_of, cells_of
+from nrrn_pipeline.geometry import Box, Span, cells_of
 from nrrn_pipeline.retrying import FIRST_PAUSE_S, is_final, reason_of
 from nrrn_pipeline.volume.metadata import Volume, name_of, zarr_metadata
-from nrrn_pipeline.volume.stores import ABSENT, ReadChunks, WriteChunks, shard_index
+from nrrn_pipeline.volume.stores import ReadChunks, WriteChunks
 
 if TYPE_CHECKING:
     import xarray
 
 DECODE_ATTEMPTS = 6  # of one write unit whose bytes came, but damaged
 
-Written = dict[str, tuple[int, str]]  # an object's key -> its bytes, and their CRC-32C
+Written = dict[str, tuple[int, str]]  # an object's key -> its bytes, and their digest
 
 
 def read_box(volume: Volume, box: Box) -> NDArray[Any]:
@@ -92,26 +92,6 @@ def object_key(volume: Volume, part: Box) -> str:
     return zarr_metadata(volume).encode_chunk_key((0,) * volume.lead_axes + place)
 
 
-def missing_chunks(volume: Volume, unit: Box) -> list[str]:
-    """Which chunks of one write unit were never written, each as the box of its voxels.
-
-    zarr would fill them in silently. Of a shard only the index is read.
-    """
-    index_bytes = 16 * int(np.prod(_grid(volume))) + 4
-    sharded = volume.chunk != volume.write_unit
-    url = f"{volume.url}/{object_key(volume, unit)}"
-    stored = storage.read_file(url, -index_bytes) if sharded else storage.read_file(url)
-    chunks = list(boxes_of(unit, volume.chunk))
-    if stored is None:
-        return [str(chunk) for chunk in chunks]
-    if not sharded:
-        return []
-    if len(stored) < index_bytes:
-        raise ValueError(f"its shard of {len(stored)} bytes is shorter than a shard's index of {index_bytes}")
-    index = shard_index(stored)
-    return [str(chunk) for chunk in chunks if index[_place_in_index(volume, chunk)][0] == ABSENT]
-
-
 def stored_units(volume: Volume) -> dict[Box, int]:
     """The write units that storage lists, as boxes of voxels, with the bytes they take; none is looked into."""
     found = {}
@@ -165,13 +145,6 @@ def _wanted(volume: Volume, box: Box) -> dict[str, list[int]]:
 def _grid(volume: Volume) -> list[int]:
     """Chunks of a shard along z, y, x."""
     return [size // chunk for size, chunk in zip(volume.write_unit, volume.chunk, strict=True)]
-
-
-def _place_in_index(volume: Volume, chunk: Box) -> int:
-    place = [
-        span.start % unit // size for span, unit, size in zip(chunk.spans, volume.write_unit, volume.chunk, strict=True)
-    ]
-    return int(np.ravel_multi_index(place, _grid(volume)))
 
 
 def _full_selection(volume: Volume, box: Box) -> tuple[slice, ...]:

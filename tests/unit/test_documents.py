@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import google_crc32c
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,7 +32,7 @@ def test_a_new_document_is_written_once(place: str) -> None:
     assert storage.read_document(f"{place}/a.json") == {"a": 1}
 
 
-@given(document=st.dictionaries(st.text().filter(lambda name: name != "crc32c"), JSON))
+@given(document=st.dictionaries(st.text().filter(lambda name: name != "digest"), JSON))
 def test_any_document_survives_storage(document: dict[str, Any]) -> None:
     storage.write_document("memory://documents/a.json", document)
     assert storage.read_document("memory://documents/a.json") == document
@@ -85,6 +86,11 @@ def test_no_more_bytes_are_read_than_the_limit(place: str) -> None:
     assert storage.read_agreed(f"{place}/none", 3) is None
 
 
-def test_a_checksum_is_that_of_rfc_3720() -> None:
-    assert storage.crc32c(b"123456789") == "e3069283"
-    assert storage.crc32c(memoryview(bytes(32))) == "8a9136aa"
+def test_a_digest_tells_data_that_end_with_their_own_checksum_apart() -> None:
+    def sealed(data: bytes) -> bytes:
+        return data + google_crc32c.value(data).to_bytes(4, "little")
+
+    one, other = sealed(b"one"), sealed(b"two")
+    assert google_crc32c.value(one) == google_crc32c.value(other)
+    assert storage.digest(one) != storage.digest(other)
+    assert len(storage.digest(b"")) == 16
