@@ -5,7 +5,7 @@ from __future__ import annotations
 GO_ON = "what is done is kept: run the same command again to go on"
 
 
-MOST_CHARACTERS = 1500  # of one message; what a file says of itself may be of any length
+MOST_CHARACTERS = 900  # of one message; what a file says of itself may be of any length
 
 
 def readable(text: str) -> str:

@@ -59,6 +59,16 @@ class Lease:
 
         Raises InputError if another driver is at work.
         """
+        _held.add(self.owner)  # before others can see the file
+        try:
+            yield from self._take()
+        except BaseException:
+            _held.discard(self.owner)
+            raise
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread.start()
+
+    def _take(self) -> Generator[float, None, None]:
         while True:
             names = yield from wait_for_end(self.ledger_url)
             self.number = int(names[-1].partition(".")[0]) + 1 if names else 1
@@ -68,9 +78,6 @@ class Lease:
                 storage.remove_file(self._url)  # while we were asleep others came and went: our number was free again
         for name in names:
             storage.remove_file(f"{self.ledger_url}/drivers/{name}")
-        _held.add(self.owner)
-        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
-        self._thread.start()
 
     def check(self) -> None:
         """Raises RunError if the lease is lost: another driver has taken over, or the output is gone."""
