@@ -88,7 +88,7 @@ def worker_bytes(plan: DenoisePlan, at_once: int = 1) -> int:
     decoding = min(DECODED_AT_ONCE * prod(plan.source.chunk), fetched) * item
     if plan.source.write_unit != plan.source.chunk:  # what is wanted of a shard comes in one piece
         decoding += min(DECODED_AT_ONCE * prod(plan.source.write_unit), fetched) * item
-    encoding = 2 * min(slab.keep.size, prod(plan.target.write_unit)) * item
+    encoding = 3 * min(slab.keep.size, prod(plan.target.write_unit)) * item  # chunks, their shard, its bytes to send
     # the tile, normalised in two steps, the estimate, scaled back; in float64 for float voxels
     stack = len(slab.read.z) * pixels * (item + 4 * (8 if plan.source.dtype == "float32" else 4))
     maps = activation_bytes(plan.weights.units, plan.weights.channels, pixels, plan.method.images)

@@ -16,7 +16,7 @@ from nrrn_pipeline.places import can_list, files_of
 from nrrn_pipeline.retrying import retried
 
 _NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-_REREADS = 4
+_REREADS = 6
 
 
 def write_file(url: str, data: bytes) -> None:
@@ -105,13 +105,13 @@ def read_agreed(url: str, limit: int) -> bytes | None:
 
     Read until two readings agree: of a file without a checksum a flipped byte would go unnoticed.
     """
-    before = read_file(url, 0, limit)
+    seen: list[bytes | None] = []
     for _ in range(_REREADS):
         now = read_file(url, 0, limit)
-        if now == before:
+        if now in seen:
             return now
-        before = now
-    raise StorageError(f"{url}: each of {_REREADS + 1} readings gave other bytes")
+        seen.append(now)
+    raise StorageError(f"{url}: each of {_REREADS} readings gave other bytes")
 
 
 def write_document(url: str, document: dict[str, Any], new: bool = False) -> bool:
