@@ -32,12 +32,12 @@ from nrrn_pipeline.network import (
 )
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.planning import DenoisePlan, Layout, Method, Weights, plan_denoise
-from nrrn_pipeline.run import Progress, check_output, refuse_changed_source, run_plan
+from nrrn_pipeline.run import Progress, check_output, run_plan
 from nrrn_pipeline.runners import DaskRunner, Runner, run_serially
 from nrrn_pipeline.slab import read_weights
 from nrrn_pipeline.training.fit import OnStep, TrainSettings, fit
 from nrrn_pipeline.training.triplets import triplets
-from nrrn_pipeline.volume import get_provenance, open_volume, set_provenance
+from nrrn_pipeline.volume import get_provenance, open_volume
 
 __all__ = [
     "Forecast",
@@ -166,13 +166,16 @@ def denoise(
     Raises InputError, with nothing written, if that cannot be done as asked; RunError if it broke off, and what is
     done is kept.
     """
-    options, watch = options or Options(), watch or RunWatch()
-    made = _plan(source, output, weights, options)
+    options = options or Options()
+    return _carried_out(_plan(source, output, weights, options), options, watch or RunWatch())
+
+
+def _carried_out(made: DenoisePlan, options: Options, watch: RunWatch, again: frozenset[str] = frozenset()) -> Summary:
     check_output(made, options.overwrite)  # before workers start; run_plan may be called without us
     started, resumed, voxels, peak = perf_counter(), 0, 0, 0
     with _runner(made, options) as (runner, where):
         watch.started(made, where)
-        for progress in run_plan(made, runner, options.device, options.overwrite):
+        for progress in run_plan(made, runner, options.device, options.overwrite, again):
             watch.progressed(progress)
             if progress.stage == "denoising":
                 voxels = progress.voxels
@@ -219,18 +222,12 @@ def repair(
         layout = Layout(slab, chunk, shard, settings["tile"], settings["halo"])
         method = Method(settings["images"], settings["statistics"])
         source, level = _source_of(settings["source"], provenance["source group"])
-        roi, used = Box.parse(settings["roi"]), weights or provenance["weights"]
-    except (LookupError, ValueError, TypeError) as error:
+        roi, used = Box.parse(settings["roi"]), weights or str(provenance["weights"])
+    except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{output} cannot be repaired: its settings are damaged ({error})") from error
     again = replace(options or Options(), level=level, roi=roi, layout=layout, method=method, overwrite=False)
-    made = _plan(source, volume.group_url, used, again)
-    check_output(made)
-    if (statistics := ledger.statistics()) is not None:
-        refuse_changed_source(made, statistics)  # before anything is forgotten
-    for checked in found:
-        ledger.forget(checked.slab or "")
-    set_provenance(volume.group_url, provenance | {"state": "unfinished"})
-    return problems, denoise(source, volume.group_url, used, again, watch)
+    keys = frozenset(checked.slab for checked in found if checked.slab)
+    return problems, _carried_out(_plan(source, volume.group_url, used, again), again, watch or RunWatch(), keys)
 
 
 def train(

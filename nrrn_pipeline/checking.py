@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nrrn_pipeline import storage
-from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.errors import InputError, StorageError
 from nrrn_pipeline.geometry import Box, boxes_of
 from nrrn_pipeline.lease import LEASE_S, last_driver, process_is_gone
 from nrrn_pipeline.ledger import Ledger
@@ -77,13 +77,14 @@ def status(output: str | os.PathLike[str]) -> Status:
     ledger = Ledger(f"{url}/0")
     if not ledger.begun():
         raise InputError(f"{url} has no ledger yet: a run writes it once the slices' statistics are measured")
-    total, done = len(ledger.slabs()), len(ledger.done())
+    slabs = ledger.slabs()
+    total, done = len(slabs), sum(key in slabs and claims != {-1} for key, claims in ledger.done().items())
     driver = last_driver(ledger.url) or {}
-    seconds, slabs, voxels = (_number(driver.get(name)) for name in ("seconds", "slabs", "voxels"))
+    seconds, finished, voxels = (_number(driver.get(name)) for name in ("seconds", "slabs", "voxels"))
     running = driver.get("state") == "running" and not process_is_gone(driver)
-    left = (total - done) * seconds / slabs if running and slabs else None
+    left = (total - done) * seconds / finished if running and finished else None
     return Status(
-        state="complete" if done >= total and not running else _state(driver, running),
+        state="complete" if driver.get("state") == "complete" and done >= total else _state(driver, running),
         done=done,
         total=total,
         failed={key: ledger.reason(key) for key in sorted(ledger.failed())},
@@ -129,17 +130,20 @@ def _units(volume: Volume, keep: Box, settings: dict[str, Any]) -> set[Box]:
 def _damage(volume: Volume, ledger: Ledger, key: str, units: set[Box]) -> Iterator[str]:
     """What of a slab does not read as it was written."""
     try:
-        objects = ledger.record(key).objects
+        records = ledger.records(key)
+        for unit in sorted(units):
+            name = object_key(volume, unit)
+            written = {record.objects[name][1] for record in records if name in record.objects}
+            if not any(_read_digest(f"{volume.url}/{name}") in written for _ in range(2)):  # damaged on its way, maybe
+                yield f"slab {key}: {name}, voxels {unit}, is not what was written"
     except ValueError as error:
         yield str(error)
-        return
-    for unit in sorted(units):
-        name = object_key(volume, unit)
-        if name not in objects:
-            yield f"slab {key}: its record lacks {name}, voxels {unit}"
-            continue
-        data = storage.read_file(f"{volume.url}/{name}")
-        if data is None or storage.digest(data) != objects[name][1]:
-            again = storage.read_file(f"{volume.url}/{name}")  # it may have been damaged on the way
-            if again is None or storage.digest(again) != objects[name][1]:
-                yield f"slab {key}: {name}, voxels {unit}, is not what was written"
+    except StorageError as error:
+        if error.permanent:
+            raise
+        yield f"slab {key}: cannot be read ({error})"
+
+
+def _read_digest(url: str) -> str | None:
+    data = storage.read_file(url)
+    return None if data is None else storage.digest(data)

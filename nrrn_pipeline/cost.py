@@ -87,7 +87,7 @@ def worker_bytes(plan: DenoisePlan, at_once: int = 1) -> int:
     fetched = fetched_voxels(plan.source, [slab.read])
     decoding = min(DECODED_AT_ONCE * prod(plan.source.chunk), fetched) * item
     if plan.source.write_unit != plan.source.chunk:  # what is wanted of a shard comes in one piece
-        decoding += min(DECODED_AT_ONCE * prod(plan.source.write_unit), fetched) * item
+        decoding += fetched * item
     encoding = 3 * min(slab.keep.size, prod(plan.target.write_unit)) * item  # chunks, their shard, its bytes to send
     # the tile, normalised in two steps, the estimate, scaled back; in float64 for float voxels
     stack = len(slab.read.z) * pixels * (item + 4 * (8 if plan.source.dtype == "float32" else 4))

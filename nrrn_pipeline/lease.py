@@ -96,11 +96,6 @@ class Lease:
                 storage.write_document(self._url, self._document(state))
 
     @property
-    def taken(self) -> bool:
-        """Whether it was ever ours."""
-        return self._thread is not None
-
-    @property
     def _url(self) -> str:
         return f"{self.ledger_url}/drivers/{self.number:07}.json"
 
@@ -120,7 +115,8 @@ class Lease:
                 if not names or names[-1] != f"{self.number:07}.json":
                     self.lost = "another driver has taken over" if names else "the output was deleted under the run"
                     return
-                storage.write_document(self._url, self._document("running"))
+                if not self._stop.is_set():
+                    storage.write_document(self._url, self._document("running"))
             except Exception as error:  # storage is away: the slabs will say so; the next renewal may succeed
                 self.facts["renewal"] = reason_of(error)
 
@@ -176,7 +172,7 @@ def _start_of(pid: int) -> int | None:
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return None
+        return None  # gone, or hidden from us
     return None if after_name[0] == "Z" else int(after_name[19])
 
 
@@ -187,4 +183,12 @@ def process_is_gone(document: dict[str, Any]) -> bool:
         return False
     if pid == os.getpid() and document.get("owner") not in _held:
         return True
-    return _start_of(pid) != document.get("began")
+    if (began := _start_of(pid)) is not None:
+        return began != document.get("began")
+    try:
+        os.kill(pid, 0)  # where other users' processes are hidden they still answer
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return Path(f"/proc/{pid}").exists()  # a zombie

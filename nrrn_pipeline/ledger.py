@@ -149,16 +149,19 @@ class Ledger:
         for name in storage.list_sizes(f"{self.url}/slabs", beginning=f"{key}."):
             storage.remove_file(f"{self.url}/slabs/{name}")
 
-    def record(self, key: str) -> Record:
-        """The record of a slab. Raises ValueError if it is damaged, or there is none."""
+    def records(self, key: str) -> list[Record]:
+        """A slab's records, more than one if it was denoised twice. Raises ValueError if one is damaged, or none."""
+        found = []
         for name in storage.list_sizes(f"{self.url}/slabs", beginning=f"{key}."):
             try:
                 document = storage.read_document(f"{self.url}/slabs/{name}") or {}
                 objects = {str(name): (int(size), str(crc)) for name, (size, crc) in document.pop("objects").items()}
-                return Record(**document, objects=objects)
+                found.append(Record(**document, objects=objects))
             except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
                 raise ValueError(f"the record of slab {key} is damaged: {error}") from error
-        raise ValueError(f"slab {key} has no record")
+        if not found:
+            raise ValueError(f"slab {key} has no record")
+        return found
 
     def put_failure(self, key: str, reason: str) -> None:
         """Note that a slab was set aside."""

@@ -29,6 +29,7 @@ REQUESTS_AT_ONCE = 16  # of one process to one store
 
 Options = Mapping[str, Any]
 
+_at_start = os.environ.get(OPTIONS, "")
 _reopening, _reopened = threading.Lock(), deque([0.0], maxlen=1)
 
 _NO_SECRETS = {
@@ -182,14 +183,14 @@ def using_options(options: str | Options | None) -> Iterator[None]:
 
 
 def options_text() -> str:
-    """The options in force, as using_options takes them."""
-    return os.environ.get(OPTIONS, "")
+    """The options in force, as JSON; empty if there are none."""
+    table = _table(os.environ.get(OPTIONS, ""))
+    return json.dumps(table) if table else ""
 
 
 def adopt_options(text: str) -> None:
-    """From now on this process uses the options that a driver has; its own if that has none."""
-    if text:
-        os.environ[OPTIONS] = text
+    """From now on this process uses the options that a driver has; those it was started with if that has none."""
+    os.environ[OPTIONS] = text or _at_start
 
 
 def _read_if_named(text: str) -> str:
@@ -214,8 +215,10 @@ def _table(text: str) -> dict[str, dict[str, Any]]:
         raise InputError("storage options are no table: give them as '{\"anon\": true}'")
     by_url = given and all(("://" in key or not key) and isinstance(value, dict) for key, value in given.items())
     table: dict[str, dict[str, Any]] = given if by_url else {"": given} if given else {}
-    for options in table.values():
+    for prefix, options in table.items():
         _refuse_secrets(options)
+        if "@" in prefix or "?" in prefix:
+            raise InputError("storage options name a URL that holds a password or a query: give its beginning alone")
     return table
 
 

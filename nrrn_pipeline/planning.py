@@ -17,13 +17,13 @@ from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Cut, Shape, Span, boxes_of, tiles_of
 from nrrn_pipeline.network import reach_of
 from nrrn_pipeline.places import absolute
-from nrrn_pipeline.volume import Volume
+from nrrn_pipeline.volume import Volume, refuse_unwritable
 
 ALGORITHM = 1  # raised whenever the same settings would give other voxels than before
 
 CHUNK: Shape = (16, 256, 256)  # 1 MiB of uint8: what a viewer fetches at a time
 SHARD: Shape = (64, 512, 512)  # 16 MiB of uint8: few files, yet one task's worth
-MAX_SLABS = 2**22  # more than fit a driver's memory and a ledger's listing
+MAX_SLABS = 2**22  # a driver keeps about a kB of each
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,13 @@ def plan_denoise(
                 f"roi {axis}={span.start}:{span.stop} is empty or not inside the volume: use a part of 0:{bound.stop}"
             )
     target = _target_volume(source, group_url, box, layout)
+    refuse_unwritable(target)
     slab = layout.slab or target.write_unit
     _refuse_unaligned(slab, target)
     slabs = prod(-(-length // size) for length, size in zip(box.shape, slab, strict=True))
+    units = prod(-(-length // size) for length, size in zip(box.shape, target.write_unit, strict=True))
+    if units > MAX_SLABS:
+        raise InputError(f"{units} shards of {target.write_unit} are too many to keep account of: use a larger --shard")
     if slabs > MAX_SLABS:
         raise InputError(f"{slabs} slabs of {slab} are too many to keep account of: use a larger --slab, or a --roi")
     reach = weights.reach

@@ -1,7 +1,7 @@
 """Which errors of storage pass by themselves, and how they are waited for.
 
 Transient: timeouts, broken connections, 408, 429, 5xx. Permanent: all else, such as 403, a wrong key, a full disk.
-A request is tried ATTEMPTS times, each time through a store opened anew, with growing pauses: half a minute in all.
+A request is tried ATTEMPTS times, with growing pauses of about 20 s in all, through a store opened anew.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ LONGEST_PAUSE_S = 10.0
 Answer = TypeVar("Answer")
 
 # of a status that no other says better: a token that has run out may be renewed where a new store looks for it
-_TRANSIENT_CODES = {"ExpiredToken", "RequestTimeTooSkewed", "RequestTimeout", "SlowDown", "TokenRefreshRequired"}
+_TRANSIENT_CODES = {
+    *("ExpiredToken", "RequestTimeTooSkewed", "RequestTimeout", "SlowDown", "TokenRefreshRequired"),
+    *("ConditionalRequestConflict", "OperationAborted"),  # others write at the same moment
+    *("BadDigest", "IncompleteBody", "XAmzContentSHA256Mismatch"),  # damaged on the way
+}
 _TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504, 509}
 _BROKEN_CONNECTIONS = (
     TimeoutError,

@@ -15,7 +15,7 @@ from typing import Any, cast
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import GO_ON, InputError, RunError, SlabsFailedError
 from nrrn_pipeline.geometry import Box, Span, boxes_of
-from nrrn_pipeline.lease import LEASE_S, Lease, wait_for_end
+from nrrn_pipeline.lease import LEASE_S, Lease, last_driver, wait_for_end
 from nrrn_pipeline.ledger import Ledger, Record
 from nrrn_pipeline.planning import DenoisePlan, Slab
 from nrrn_pipeline.retrying import reason_of
@@ -42,11 +42,18 @@ class Progress:
     note: str = ""
 
 
-def run_plan(plan: DenoisePlan, runner: Runner, device: str = "auto", overwrite: bool = False) -> Iterator[Progress]:
+def run_plan(
+    plan: DenoisePlan,
+    runner: Runner,
+    device: str = "auto",
+    overwrite: bool = False,
+    again: frozenset[str] = frozenset(),
+) -> Iterator[Progress]:
     """Carry out a plan, or what is left of it, yielding its progress; when it ends, the output is complete.
 
     `overwrite` deletes an output that exists, but not an unfinished one with the same settings: that is resumed, so
-    that a job which is started again by the same command always gets further.
+    that a job which is started again by the same command always gets further. `again`: slabs to denoise though they are
+    recorded.
 
     Raises InputError if the output exists and was made otherwise (unless `overwrite`), another driver is at work on it,
     or the source holds NaN; nothing is written then. Raises SlabsFailedError if slabs failed on every attempt,
@@ -62,26 +69,28 @@ def run_plan(plan: DenoisePlan, runner: Runner, device: str = "auto", overwrite:
         statistics = yield from _measure(plan, runner)
     else:
         refuse_changed_source(plan, statistics)
-    check_output(plan, overwrite)  # once more, as to measure takes long, and what is there may be deleted now
-    for waited in wait_for_end(ledger.url):
-        yield _waiting(waited)
-    _claim_output(plan, statistics, replacing)
+    check_output(plan, overwrite)  # once more, as to measure takes long
     lease, state = Lease(ledger.url), "interrupted"
     try:
         for waited in lease.take():
             yield _waiting(waited)
+        _claim_output(plan, statistics, replacing and not _resumable(plan))
         create_volume(plan.target, _provenance(plan))
-        yield from _slabs(plan, statistics, runner, device, lease)
+        _forget(plan, again)
+        try:
+            yield from _slabs(plan, statistics, runner, device, lease)
+        except InputError as error:  # of a worker: weights, device or output are not the planned ones there
+            raise RunError(f"{error}. Mend this; {GO_ON}") from error
+        lease.check()
         provenance = get_provenance(plan.group_url) or {}
         if provenance.get("state") != "complete":
             set_provenance(plan.group_url, provenance | {"state": "complete", "completed": _now()})
         state = "complete"
     except Exception as error:
         state = "failed"
-        if isinstance(error, InputError) and lease.taken:  # a worker's: weights, device or output are others there
-            raise RunError(f"{error}. Mend this; {GO_ON}") from error
         if isinstance(error, OSError):
             raise_permanent(error, f"the output {plan.group_url}")
+            raise RunError(f"the output {plan.group_url}: {reason_of(error)}; {GO_ON}") from error
         raise
     finally:
         lease.release(state)
@@ -95,18 +104,26 @@ def check_output(plan: DenoisePlan, overwrite: bool = False) -> None:
     url, ledger = plan.group_url, Ledger(plan.target.url)
     try:
         if overwrite:
-            if storage.exists(url) and not ledger.begun() and not is_zarr(url):
+            if storage.exists(url) and not ledger.begun() and not is_zarr(url) and not _is_bare_claim(plan):
                 raise InputError(
                     f"{url} is no Zarr and is not overwritten: delete it yourself, or choose another output"
                 )
         elif ledger.begun():
             if not _damaged_but_ours(plan):
                 ledger.refuse_others(plan)
-        elif storage.exists(url):
+        elif storage.exists(url) and not _is_bare_claim(plan):
             raise InputError(f"{url} exists and was not made by nrrn denoise: choose another output, or --overwrite")
         storage.check_writable(url)
     except OSError as error:
         raise InputError(f"the output {url} cannot be written: {error.strerror or error}; choose another") from error
+
+
+def _is_bare_claim(plan: DenoisePlan) -> bool:
+    """Whether there is nothing but the files of drivers: one was killed before it began, or when all was deleted."""
+    drivers = f"{plan.target.level_path}/nrrn/drivers/"
+    return bool(last_driver(Ledger(plan.target.url).url)) and all(
+        name.startswith(drivers) for name in storage.list_tree(plan.group_url)
+    )
 
 
 def _damaged_but_ours(plan: DenoisePlan) -> bool:
@@ -148,21 +165,25 @@ def refuse_changed_source(plan: DenoisePlan, kept: SliceStatistics) -> None:
 
 
 def _claim_output(plan: DenoisePlan, statistics: SliceStatistics, replacing: bool) -> None:
-    """Make the output this plan's: begin it, or clear what a killed run left half-written."""
+    """Make the output this plan's, under its lease: begin it, or clear what a killed run left half-written."""
     ledger = Ledger(plan.target.url)
-    try:
-        if replacing:
-            storage.remove_tree(ledger.url)  # first: a record must never outlive its voxels
-            storage.remove_tree(plan.group_url)
-        elif ledger.begun() and _damaged_but_ours(plan):
-            ledger.mend(plan)
-        ledger.begin(plan)
-        if ledger.statistics() is None:
-            ledger.put_statistics(statistics)
-        storage.remove_partials(plan.group_url)
-    except OSError as error:
-        raise_permanent(error, f"the output {plan.group_url}")
-        raise
+    if replacing:
+        storage.remove_all_but(ledger.url, "drivers")  # first: a record must never outlive its voxels
+        storage.remove_all_but(plan.group_url, f"{plan.target.level_path}/nrrn/drivers")
+    elif ledger.begun() and _damaged_but_ours(plan):
+        ledger.mend(plan)
+    ledger.begin(plan)
+    if ledger.statistics() is None:
+        ledger.put_statistics(statistics)
+    storage.remove_partials(plan.group_url)
+
+
+def _forget(plan: DenoisePlan, again: frozenset[str]) -> None:
+    """Let slabs count as not done."""
+    if again:
+        set_provenance(plan.group_url, (get_provenance(plan.group_url) or {}) | {"state": "unfinished"})
+    for key in again:
+        Ledger(plan.target.url).forget(key)
 
 
 def _measure(plan: DenoisePlan, runner: Runner) -> Generator[Progress, None, SliceStatistics]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -81,14 +82,14 @@ class DaskRunner:
                 running[self.client.submit(there, entry[0], key=key, pure=False, resources=resources)] = entry
 
             while True:
-                threads = self._at_once()
-                while len(running) < threads and (entry := again.pop() if again else next(waiting, None)):
+                at_once = max(1, self._places(resources))
+                while len(running) < at_once and (entry := again.pop() if again else next(waiting, None)):
                     start(entry)
                 if not running and suspects:
                     start(suspects.pop())
                 if not running:
                     return
-                for future in self._finished(list(running)):
+                for future in self._finished(list(running), resources):
                     item, attempt = running.pop(future)
                     error = future.exception()
                     if error is None:
@@ -100,24 +101,31 @@ class DaskRunner:
                     else:
                         died = isinstance(error, distributed.KilledWorker)
                         (suspects if died else again).append((item, attempt + 1))
-        except (distributed.CancelledError, CommClosedError) as error:
+        except (distributed.CancelledError, CommClosedError, OSError) as error:  # items' own errors are not raised here
             raise RunError(f"the Dask scheduler is gone or was restarted; {GO_ON}") from error
         finally:
-            self.client.cancel(list(running))
+            with suppress(Exception):  # of a scheduler that is gone there is nothing to cancel
+                self.client.cancel(list(running))
 
-    def _finished(self, running: list[Any]) -> list[Any]:
+    def _finished(self, running: list[Any], resources: dict[str, float] | None) -> list[Any]:
         """Some that have ended, as soon as there are any. Raises RunError if no worker is left to end them."""
         deserted_s = 0.0
         while deserted_s < PATIENCE_S:
             try:
                 return list(distributed.wait(running, timeout=POLL_S, return_when="FIRST_COMPLETED").done)
             except TimeoutError:
-                deserted_s = 0.0 if self.client.nthreads() else deserted_s + POLL_S
+                deserted_s = 0.0 if self._places(resources) else deserted_s + POLL_S
         raise RunError(f"the cluster has had no worker for {PATIENCE_S:.0f} s: start some; {GO_ON}")
 
-    def _at_once(self) -> int:
-        """One item a thread: one that waits behind another is suspected too when that kills their worker."""
-        return max(1, sum(int(threads) for threads in self.client.nthreads().values()))
+    def _places(self, resources: dict[str, float] | None) -> int:
+        """How many items can run now, one a thread, or two a GPU.
+
+        No more are sent: one that waits behind another is suspected too when that kills their worker.
+        """
+        workers = self.client.scheduler_info()["workers"].values()
+        if resources:
+            return int(sum(worker.get("resources", {}).get("GPU", 0) for worker in workers) / resources["GPU"])
+        return sum(int(worker["nthreads"]) for worker in workers)
 
     def _resources(self) -> dict[str, float] | None:
         """Half a GPU a task, on a cluster whose workers declare GPUs: while one slab computes the next is read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -41,7 +42,7 @@ def write_new_file(url: str, data: bytes) -> bool:
     def request(fresh: bool) -> None:
         files, path = files_of(url, fresh)
         if "://" not in url:
-            return _write_aside(path, data, os.link)
+            return _write_aside(path, data, _place_exclusively)
         try:
             files.pipe_file(path, data, mode="create")
         except OSError as error:
@@ -54,6 +55,17 @@ def write_new_file(url: str, data: bytes) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+def _place_exclusively(partial: str, path: str) -> None:
+    """Give a partial file its name unless that is taken, also where there are no hard links, as on SMB or exFAT."""
+    try:
+        os.link(partial, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))  # refused if it is there; filled in one step
+        os.replace(partial, path)
 
 
 def _write_aside(path: str, data: bytes, place: Callable[[str, str], None]) -> None:
@@ -233,7 +245,12 @@ def exists(url: str) -> bool:
     def request(fresh: bool) -> bool:
         files, path = files_of(url, fresh)
         files.invalidate_cache()
-        return files.isfile(path) or any(any(names) for _, _, names in files.walk(path))  # "": a folder's mark
+        try:
+            if files.info(path)["type"] == "file":
+                return True
+        except _NOT_THERE:
+            return False
+        return any(any(names) for _, _, names in files.walk(path, on_error="raise"))  # "": a folder's mark
 
     return retried(url, request)
 
@@ -255,7 +272,7 @@ def check_writable(url: str) -> None:
         raise StorageError(f"{url}: this kind of storage is read-only", permanent=True) from error
     finally:
         for folder in missing:
-            with suppress(FileNotFoundError):  # writing may have failed before it was made
+            with suppress(OSError):  # writing may have failed before it was made, or another begun to fill it
                 os.rmdir(folder)
 
 
@@ -282,6 +299,18 @@ def remove_file(url: str) -> None:
 
     with suppress(*_NOT_THERE):
         retried(url, request)
+
+
+def remove_all_but(url: str, kept: str) -> None:
+    """Delete all in a folder but what is below its folder `kept`; folders before files, so metadata go last."""
+    first, _, rest = kept.partition("/")
+    for name in list_folders(url):
+        if name != first:
+            remove_tree(f"{url}/{name}")
+        elif rest:
+            remove_all_but(f"{url}/{name}", rest)
+    for name in list_sizes(url):
+        remove_file(f"{url}/{name}")
 
 
 def remove_tree(url: str) -> None:

@@ -35,7 +35,7 @@ from nrrn_pipeline.cli.options import (
 from nrrn_pipeline.cli.terminal import Watch, by_text, duration_text, err, network_text, out, print_rows, progress_bar
 from nrrn_pipeline.cluster import make_keys
 from nrrn_pipeline.cost import bytes_text, counted
-from nrrn_pipeline.errors import GO_ON
+from nrrn_pipeline.errors import GO_ON, readable
 from nrrn_pipeline.network import bytes_hash, parse_header
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.planning import Method
@@ -164,7 +164,8 @@ def info(
     if path.endswith(".safetensors") or os.path.isfile(path):
         data = read_weights(absolute(path))
         header = parse_header(data, path)
-        record = header.get("training", {})
+        training = header.get("training")
+        record = training if isinstance(training, dict) else {}
         rows = {"units": header["units"], "channels": header["channels"], "sha256": bytes_hash(data)}
         print_rows({key: str(value) for key, value in {**rows, **record}.items()})
         return
@@ -201,7 +202,7 @@ def verify(
             bar.update(task, completed=checked.done, total=checked.total)
             if checked.problem:
                 wrong += 1
-                out.print(checked.problem)
+                out.print(readable(checked.problem))
     if wrong:
         err.print(f"{output} is not whole: {counted(wrong, 'problem')}; nrrn repair denoises damaged slabs again")
         raise typer.Exit(1)
@@ -228,7 +229,7 @@ def repair(
     with progress_bar(GO_ON) as bar:
         problems, summary = api.repair(output, weights, options, Watch(bar))
     for problem in problems:
-        out.print(problem)
+        out.print(readable(problem))
     if summary is None:
         out.print(f"{output} is whole: nothing to repair")
     else:
@@ -252,7 +253,7 @@ def status(
     }
     print_rows(rows)
     for key, reason in now.failed.items():
-        out.print(f"slab {key}: {reason}")
+        out.print(readable(f"slab {key}: {reason}"))
 
 
 @app.command()

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nrrn_pipeline import api
 from nrrn_pipeline.cost import counted
+from nrrn_pipeline.errors import readable
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.run import Progress as RunProgress
 
@@ -32,7 +33,7 @@ class Watch(api.RunWatch):
     def progressed(self, progress: RunProgress) -> None:
         """Move the bar on, or say what should be known."""
         if progress.note:
-            err.print(progress.note)
+            err.print(readable(progress.note))
             return
         if progress.stage not in self.tasks:
             self.tasks[progress.stage] = self.bar.add_task(progress.stage, total=progress.total, speed="")
@@ -66,7 +67,8 @@ def print_rows(rows: dict[str, str]) -> None:
     """Names and values, a line each, on standard output."""
     width = max(map(len, rows))
     for name, value in rows.items():
-        out.print(f"{name:{width}}  {value}")  # never cut: scripts read it too
+        shown = "\n".join(map(readable, value.split("\n")))
+        out.print(f"{readable(name):{width}}  {shown}")  # never cut: scripts read it too
 
 
 def network_text(units: int, channels: int) -> str:

@@ -49,8 +49,8 @@ def _started(workers: int, slabs_each: int) -> Iterator[LocalCluster]:
         )
     except RuntimeError as error:
         raise RunError(
-            f'local workers could not start ({error}). In a script, call denoise under `if __name__ == "__main__":`, '
-            "as workers begin by importing the script; or use the cluster serial"
+            f"local workers could not start ({error}): run the same command again. In a script, call denoise under "
+            '`if __name__ == "__main__":`, as workers begin by importing the script; or use the cluster serial'
         ) from error
     with cluster:
         yield cluster

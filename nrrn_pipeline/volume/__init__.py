@@ -1,6 +1,6 @@
 """Volumes in Zarr: OME-Zarr 0.5 and 0.4 groups and bare arrays, in z, y, x order. The only package that knows zarr."""
 
-from nrrn_pipeline.volume.metadata import DTYPES, Volume
+from nrrn_pipeline.volume.metadata import DTYPES, Volume, refuse_unwritable
 from nrrn_pipeline.volume.opening import (
     create_volume,
     get_provenance,
@@ -19,6 +19,7 @@ __all__ = [
     "object_key",
     "open_volume",
     "read_box",
+    "refuse_unwritable",
     "set_provenance",
     "stored_units",
     "to_xarray",

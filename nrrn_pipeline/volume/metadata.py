@@ -104,6 +104,14 @@ def _parsed(metadata: str) -> Metadata:
     return cast("Metadata", bounded(cast("Any", kind).from_dict(document)))
 
 
+def refuse_unwritable(volume: Volume) -> None:
+    """Raises InputError if a volume that is to be created could not be read again: shards or indexes too large."""
+    try:
+        zarr_metadata(volume)
+    except InputError as error:
+        raise InputError(f"shards of {volume.write_unit} in chunks of {volume.chunk} cannot be: {error}") from error
+
+
 @lru_cache(maxsize=16)
 def new_metadata(volume: Volume) -> str:
     """zarr.json of an array that is about to be created: zstd, and a CRC-32C on each chunk and shard index."""

@@ -30,11 +30,15 @@ class ReadChunks(MemoryStore):
     """The chunks of one array, for one reading; its own memory stays empty.
 
     `wanted` tells, for a shard that is wanted in part, where in its index the wanted chunks stand: then they come with
-    few requests as soon as the index is there, where zarr would ask for one after the other.
+    few requests as soon as the index is there, where zarr would ask for one after the other. `longest`: bytes that one
+    may have; a longer one is left to zarr to refuse.
     """
 
-    def __init__(self, url: str, wanted: Mapping[str, list[int]] | None = None) -> None:
+    def __init__(
+        self, url: str, wanted: Mapping[str, list[int]] | None = None, longest: int = MAX_OBJECT_BYTES
+    ) -> None:
         super().__init__(read_only=True)
+        self.longest = longest
         self.url = url
         self.wanted = wanted or {}
         self.held: dict[str, list[tuple[Range, bytes]]] = {}
@@ -49,7 +53,7 @@ class ReadChunks(MemoryStore):
                     return _buffer(data[byte_range.start - start : byte_range.end - start], prototype)
         found = await self._read(key, byte_range)
         if found is not None and isinstance(byte_range, SuffixByteRequest) and key in self.wanted:
-            ranges = merged(_slices(found, self.wanted[key]))
+            ranges = merged(_slices(found, self.wanted[key], self.longest))
             parts = await asyncio.gather(*(self._read(key, RangeByteRequest(*part)) for part in ranges))
             self.held[key] = [(part, piece) for part, piece in zip(ranges, parts, strict=True) if piece is not None]
         return None if found is None else _buffer(found, prototype)
@@ -126,9 +130,9 @@ def shard_index(stored: bytes) -> np.ndarray[Any, Any]:
 ABSENT = np.iinfo(np.uint64).max
 
 
-def _slices(index: bytes, places: list[int]) -> list[Range]:
+def _slices(index: bytes, places: list[int], longest: int) -> list[Range]:
     entries = shard_index(index)[places]
-    return [(int(offset), int(offset) + int(length)) for offset, length in entries if offset != ABSENT]
+    return [(int(offset), int(offset) + int(length)) for offset, length in entries if length <= longest]
 
 
 def _inside(url: str, key: str) -> str:

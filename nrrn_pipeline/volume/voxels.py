@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -60,7 +61,8 @@ def _read_patiently(volume: Volume, part: Box) -> NDArray[Any]:
 
 
 def _read(volume: Volume, box: Box) -> NDArray[Any]:
-    store = ReadChunks(volume.url, _wanted(volume, box))
+    longest = 2 * prod(volume.chunk) * volume.itemsize + 2**16  # however badly it compresses
+    store = ReadChunks(volume.url, _wanted(volume, box), longest)
     array: Any = zarr.Array(zarr.AsyncArray(cast("Any", zarr_metadata(volume)), StorePath(store)))
     found = np.asarray(array[_full_selection(volume, box)]).reshape(box.shape)
     return np.ascontiguousarray(found, dtype=volume.dtype)

@@ -143,7 +143,10 @@ def test_random_kills_cost_no_more_than_what_was_in_flight_and_never_a_byte(
                 assert len(done_again(before, now)) <= in_flight, killer.killed
                 before = now
             if driver.poll() is None:  # of it only workers were killed
-                assert driver.wait() == 0, (killer.killed, driver.err)
+                began = (
+                    driver.wait() == 0 or "local workers could not start" in driver.err
+                )  # one was killed at its birth
+                assert began, (killer.killed, driver.err)
                 now = records(url)
                 assert len(done_again(before, now)) <= in_flight, killer.killed
                 before = now

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import zarr
 from distributed import Client, LocalCluster
 
-from nrrn_pipeline import InputError, Layout, Options, RunError, api, denoise, verify
+from nrrn_pipeline import InputError, Layout, Options, RunError, StorageError, api, denoise, lease, storage, verify
 from nrrn_pipeline.geometry import boxes_of
+from nrrn_pipeline.lease import Lease
 from nrrn_pipeline.ledger import Ledger
 from nrrn_pipeline.planning import DenoisePlan, plan_denoise
 from nrrn_pipeline.run import run_plan
@@ -164,3 +168,102 @@ def test_a_path_that_the_terminal_cannot_show_ends_no_run(
 
     app(["verify", str(output)], standalone_mode=False)
     assert f"{output} is whole" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_driver_killed_before_it_began_or_when_all_was_deleted_blocks_nobody(
+    plan: DenoisePlan, overwrite: bool
+) -> None:
+    list(Lease(Ledger(plan.target.url).url).take())  # and no more: it is never released
+    lease._held.clear()  # as in another process
+    assert slabs_done_by(plan, overwrite) == len(plan.slabs)
+    assert verify(plan.group_url, deep=True) == []
+
+
+def test_a_deletion_that_was_killed_half_way_is_gone_on_with(
+    plan: DenoisePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slabs_done_by(plan)
+    remove_file, removed = storage.remove_file, []
+
+    def killed(url: str) -> None:
+        removed.append(url)
+        if len(removed) > 2:
+            raise KeyboardInterrupt
+        remove_file(url)
+
+    monkeypatch.setattr(storage, "remove_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        slabs_done_by(plan, overwrite=True)
+    monkeypatch.setattr(storage, "remove_file", remove_file)
+    assert slabs_done_by(plan, overwrite=True) == len(plan.slabs)
+    assert verify(plan.group_url, deep=True) == []
+
+
+def test_an_output_is_deleted_only_under_its_lease(plan: DenoisePlan, tmp_path: Path) -> None:
+    first = run_plan(plan, run_serially, "cpu")
+    while next(first).record is None:
+        pass
+    with pytest.raises(InputError, match="another nrrn denoise is at work on this output"):
+        slabs_done_by(with_other_weights(plan, tmp_path), overwrite=True)
+    list(first)
+    assert verify(plan.group_url, deep=True) == []
+
+
+def test_an_error_is_never_taken_for_an_output_that_is_not_there(
+    plan: DenoisePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slabs_done_by(plan)
+    monkeypatch.setattr("nrrn_pipeline.retrying.FIRST_PAUSE_S", 0.0)
+
+    def away(*_: object, **__: object) -> None:
+        raise TimeoutError("away")
+
+    monkeypatch.setattr(type(fsspec.filesystem("file")), "info", away)
+    with pytest.raises(StorageError, match="away; tried 8 times"):
+        storage.exists(plan.group_url)
+
+
+def test_a_shard_that_cannot_be_read_is_named_and_repaired(plan: DenoisePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+    slabs_done_by(plan)
+    whole = stored_chunks(Path(plan.target.url))
+    read_file, bad = storage.read_file, f"{plan.target.url}/c/1/0/0"
+
+    def bad_sector(url: str, *place: int | None) -> bytes | None:
+        if url == bad:
+            raise StorageError(f"{url}: OSError: [Errno 5] Input/output error; tried 8 times")
+        return read_file(url, *place)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(storage, "read_file", bad_sector)
+    (problem,) = verify(plan.group_url, deep=True)
+    assert problem.startswith("slab z4-y0-x0: cannot be read (")
+    problems, summary = api.repair(plan.group_url, options=Options(cluster="serial", device="cpu"))
+    assert problems == [problem]
+    assert summary is not None
+    assert summary.resumed == summary.slabs - 1
+    monkeypatch.setattr(storage, "read_file", read_file)
+    assert verify(plan.group_url, deep=True) == []
+    assert stored_chunks(Path(plan.target.url)) == whole
+
+
+def test_a_slab_done_twice_is_whole_if_either_record_fits(plan: DenoisePlan) -> None:
+    slabs_done_by(plan)
+    ledger = Ledger(plan.target.url)
+    (record,) = ledger.records("z4-y0-x0")
+    others = {name: (size, "0" * 16) for name, (size, _) in record.objects.items()}
+    ledger.put(replace(record, objects=others, worker="a worker with a longer name: and so another file"))
+    assert len(ledger.records("z4-y0-x0")) == 2
+    assert verify(plan.group_url, deep=True) == []
+
+
+@pytest.mark.parametrize("refused", [errno.EPERM, errno.EOPNOTSUPP])
+def test_where_there_are_no_hard_links_a_new_file_is_still_only_the_firsts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: int
+) -> None:
+    def no_links(*_: object) -> None:
+        raise OSError(refused, "no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    assert storage.write_new_file(f"{tmp_path}/new", b"first")
+    assert not storage.write_new_file(f"{tmp_path}/new", b"second")
+    assert storage.read_file(f"{tmp_path}/new") == b"first"

@@ -221,10 +221,24 @@ def test_default_shards_are_whole_chunks_no_larger_than_they_need_be(shape: Shap
 
 
 @pytest.mark.parametrize("shape", AWKWARD)
-@pytest.mark.parametrize("chunk", [(1, 1, 1), (10, 100, 100), (5, 7, 11), (64, 512, 512)])
+@pytest.mark.parametrize("chunk", [(1, 4, 4), (10, 100, 100), (5, 7, 11), (64, 512, 512)])
 def test_any_chunk_gets_a_shard_of_whole_chunks(shape: Shape, chunk: Shape) -> None:
     plan = plan_denoise(source_of(shape), "/out.zarr", WEIGHTS, Layout(chunk=chunk))
     assert all(shard % unit == 0 for shard, unit in zip(plan.target.write_unit, chunk, strict=True))
+
+
+@pytest.mark.parametrize(
+    "layout", [Layout(chunk=(1, 1, 1), shard=(64, 512, 512)), Layout(chunk=(64, 8192, 8192), shard=(64, 8192, 8192))]
+)
+def test_shards_that_could_not_be_read_again_are_refused_before_anything_is_done(layout: Layout) -> None:
+    with pytest.raises(InputError, match=r"shards of \(64, \d+, \d+\) in chunks of .* cannot be"):
+        plan_denoise(source_of((64, 8192, 8192)), "/out.zarr", WEIGHTS, layout)
+
+
+def test_shards_without_number_are_refused() -> None:
+    layout = Layout((64, 512, 512), (1, 1, 1), (1, 1, 1))
+    with pytest.raises(InputError, match=r"shards of .* are too many to keep account of"):
+        plan_denoise(source_of((64, 8192, 8192)), "/out.zarr", WEIGHTS, layout)
 
 
 def test_a_target_mirrors_its_source() -> None:

@@ -98,7 +98,7 @@ def test_a_file_that_is_found_only_later_is_read(place: str, meddle: Meddle) -> 
         ("pipe_file", lambda url: storage.write_file(url, b"new")),
         ("rm", storage.remove_tree),
         ("rm_file", storage.remove_file),
-        ("isfile", storage.exists),
+        ("info", storage.exists),
         ("find", lambda url: storage.list_tree(url.rpartition("/")[0])),
         ("ls", lambda url: storage.list_sizes(url.rpartition("/")[0])),
         ("ls", lambda url: storage.list_folders(url.rpartition("/")[0])),
