@@ -86,6 +86,8 @@ class Options:
         refuse_unknown_device(self.device)
         if not self.here and ":" not in self.cluster:
             raise InputError(f"cluster {self.cluster!r} is unknown: use local, serial or an address as tls://host:8786")
+        if self.here and self.keys is not None:
+            raise InputError(f"keys are for a cluster that is there already: give its address, not {self.cluster}")
         if self.workers is not None and self.workers < 1:
             raise InputError(f"workers {self.workers} is not possible: use 1 or more")
 

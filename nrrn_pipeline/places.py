@@ -213,6 +213,8 @@ def _table(text: str) -> dict[str, dict[str, Any]]:
         raise InputError("storage options are no JSON: give them as '{\"anon\": true}' or @FILE") from None
     if not isinstance(given, dict):
         raise InputError("storage options are no table: give them as '{\"anon\": true}'")
+    if any("://" in key for key in given) and not all("://" in key or not key for key in given):
+        raise InputError("storage options mix URLs with options: give options for all URLs, or a table for each URL")
     by_url = given and all(("://" in key or not key) and isinstance(value, dict) for key, value in given.items())
     table: dict[str, dict[str, Any]] = given if by_url else {"": given} if given else {}
     for prefix, options in table.items():

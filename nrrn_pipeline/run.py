@@ -15,7 +15,7 @@ from typing import Any, cast
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import GO_ON, InputError, RunError, SlabsFailedError
 from nrrn_pipeline.geometry import Box, Span, boxes_of
-from nrrn_pipeline.lease import LEASE_S, Lease, last_driver, wait_for_end
+from nrrn_pipeline.lease import LEASE_S, Lease, wait_for_end
 from nrrn_pipeline.ledger import Ledger, Record
 from nrrn_pipeline.planning import DenoisePlan, Slab
 from nrrn_pipeline.retrying import reason_of
@@ -121,9 +121,8 @@ def check_output(plan: DenoisePlan, overwrite: bool = False) -> None:
 def _is_bare_claim(plan: DenoisePlan) -> bool:
     """Whether there is nothing but the files of drivers: one was killed before it began, or when all was deleted."""
     drivers = f"{plan.target.level_path}/nrrn/drivers/"
-    return bool(last_driver(Ledger(plan.target.url).url)) and all(
-        name.startswith(drivers) for name in storage.list_tree(plan.group_url)
-    )
+    files = [] if is_zarr(plan.group_url) else storage.list_tree(plan.group_url, partials=True)
+    return bool(files) and all(name.startswith(drivers) for name in files)
 
 
 def _damaged_but_ours(plan: DenoisePlan) -> bool:

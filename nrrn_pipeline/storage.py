@@ -178,7 +178,7 @@ def listed(url: str) -> bool:
 def _is_listed(url: str, fresh: bool) -> bool:
     folder, _, name = url.rpartition("/")
     try:
-        return name in _whole_files(_entries(folder, name, fresh), beginning=name)
+        return name in _files_in(_entries(folder, name, fresh), beginning=name)
     except _NOT_THERE:
         return False
 
@@ -186,7 +186,7 @@ def _is_listed(url: str, fresh: bool) -> bool:
 def list_sizes(url: str, beginning: str = "") -> dict[str, int]:
     """Names of the whole files in a folder, those that begin so, with their bytes; none if there is no such folder."""
     try:
-        return _whole_files(retried(url, partial(_entries, url, beginning)), beginning)
+        return _files_in(retried(url, partial(_entries, url, beginning)), beginning)
     except _NOT_THERE:
         return {}
 
@@ -214,8 +214,11 @@ def list_folders(url: str) -> list[str]:
     return [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
 
 
-def list_tree(url: str) -> dict[str, int]:
-    """Paths of all whole files below a folder, relative to it, with their bytes; none if there is no such folder."""
+def list_tree(url: str, partials: bool = False) -> dict[str, int]:
+    """Paths of all whole files below a folder, relative to it, with their bytes; none if there is no such folder.
+
+    With `partials` also those that killed writers left.
+    """
     root = files_of(url)[1]
 
     def request(fresh: bool) -> list[dict[str, Any]]:
@@ -224,17 +227,21 @@ def list_tree(url: str) -> dict[str, int]:
         return list(files.find(path, detail=True).values())
 
     try:
-        return _whole_files(retried(url, request), below=root)
+        return _files_in(retried(url, request), below=root, partials=partials)
     except _NOT_THERE:
         return {}
 
 
-def _whole_files(entries: list[dict[str, Any]], beginning: str = "", below: str | None = None) -> dict[str, int]:
+def _files_in(
+    entries: list[dict[str, Any]], beginning: str = "", below: str | None = None, partials: bool = False
+) -> dict[str, int]:
     found = {}
     for entry in entries:
         path = entry["name"]
         name = path.rpartition("/")[2] if below is None else path.removeprefix(below).lstrip("/")
-        if entry["type"] == "file" and name.startswith(beginning) and not name.endswith((".partial", "/")) and name:
+        if entry["type"] != "file" or not name.startswith(beginning) or not name or name.endswith("/"):
+            continue  # "" and "name/" are marks of folders
+        if partials or not name.endswith(".partial"):
             found[name] = entry["size"]
     return found
 

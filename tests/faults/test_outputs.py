@@ -180,6 +180,23 @@ def test_a_driver_killed_before_it_began_or_when_all_was_deleted_blocks_nobody(
     assert verify(plan.group_url, deep=True) == []
 
 
+def test_a_driver_killed_while_it_wrote_its_very_first_file_blocks_nobody(plan: DenoisePlan) -> None:
+    left = Path(Ledger(plan.target.url).url) / "drivers" / "0000001.json.0123.partial"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"{")
+    assert slabs_done_by(plan) == len(plan.slabs)
+    assert not left.exists()
+
+
+def test_a_folder_with_anything_else_is_not_taken_for_a_drivers(plan: DenoisePlan) -> None:
+    for name in ("0/nrrn/drivers/0000001.json", "0/notes.partial"):
+        file = Path(plan.group_url) / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"{")
+    with pytest.raises(InputError, match="exists and was not made by nrrn denoise"):
+        slabs_done_by(plan)
+
+
 def test_a_deletion_that_was_killed_half_way_is_gone_on_with(
     plan: DenoisePlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:

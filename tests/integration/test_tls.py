@@ -23,6 +23,7 @@ import psutil
 import pytest
 from distributed import Client, LocalCluster
 
+from nrrn_pipeline import Options
 from nrrn_pipeline.cluster import address_client, local_client, make_keys
 from nrrn_pipeline.errors import InputError
 
@@ -226,3 +227,9 @@ def answering(greeting: bytes) -> Iterator[int]:
         thread.join()
     for each in held:
         each.close()
+
+
+@pytest.mark.parametrize("cluster", ["local", "serial"])
+def test_keys_without_a_cluster_to_use_them_for_are_refused(cluster: str) -> None:
+    with pytest.raises(InputError, match="keys are for a cluster that is there already"):
+        Options(cluster=cluster, keys="keys")

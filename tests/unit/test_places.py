@@ -372,3 +372,8 @@ def test_trouble_reopens_at_most_once_a_second(monkeypatch: pytest.MonkeyPatch) 
     opened.append(files_of("s3://bucket/a", fresh=True)[0])
     assert opened[-1] is not opened[-2]
     assert files_of("s3://bucket/a")[0] is files_of("s3://bucket/a", fresh=True)[0] is opened[-1]
+
+
+def test_options_for_all_urls_and_for_some_cannot_be_mixed() -> None:
+    with pytest.raises(InputError, match="mix URLs with options"), using_options({"s3://a/": {}, "anon": True}):
+        pass
