@@ -286,7 +286,8 @@ def test_any_options_are_taken_or_refused(text: str) -> None:
 
 @pytest.mark.parametrize("name", [f"{SECRET}://a", f"s3{SECRET}"])
 def test_names_of_options_that_stand_beside_urls_are_no_urls(name: str) -> None:
-    with pytest.raises(InputError, match="refused|mix URLs with options"), using_options({"s3://a/": {"anon": True}, name: 1}):
+    options = {"s3://a/": {"anon": True}, name: 1}
+    with pytest.raises(InputError, match=r"refused|mix URLs with options"), using_options(options):
         pass
 
 
