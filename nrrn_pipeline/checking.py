@@ -53,7 +53,8 @@ def check(output: str | os.PathLike[str], deep: bool = False) -> Iterator[Checke
     for problem in _differences(volume, settings):
         yield Checked(0, len(slabs), problem)
     recorded = ledger.done()
-    units = {key: _units(volume, keep, settings) for key, keep in slabs.items()}
+    origin = Box.parse(settings["roi"])
+    units = {key: set(boxes_of(keep.shifted(origin), volume.write_unit)) for key, keep in slabs.items()}
     torn = ledger.torn(units, stored_units(volume))
     for done, key in enumerate(slabs, start=1):
         if key not in recorded:
@@ -119,12 +120,6 @@ def _differences(volume: Volume, settings: dict[str, Any]) -> Iterator[str]:
     for name, (found, begun) in facts.items():
         if found != begun:
             yield f"{name} of the array is {found}, but it was begun with {begun}: its metadata were changed"
-
-
-def _units(volume: Volume, keep: Box, settings: dict[str, Any]) -> set[Box]:
-    """The write units of a slab, in the output's voxels."""
-    origin = Box.parse(settings["roi"])
-    return set(boxes_of(keep.shifted(origin), volume.write_unit))
 
 
 def _damage(volume: Volume, ledger: Ledger, key: str, units: set[Box]) -> Iterator[str]:

@@ -251,15 +251,12 @@ class _Tally:
     failed: dict[str, str] = field(default_factory=dict)
     in_a_row: list[str] = field(default_factory=list)  # failed slabs since the last that was done
     started: float = field(default_factory=monotonic)
-    done: int = 0
-
-    def __post_init__(self) -> None:
-        self.done = self.before
+    finished: int = 0  # by this run
 
     def add(self, key: str, outcome: Outcome) -> None:
         """Count one slab. Raises RunError if BREAKER of them, one after the other, failed for one reason."""
         if outcome.error is None:
-            self.done, self.voxels, self.in_a_row = self.done + 1, self.voxels + outcome.result.voxels, []
+            self.finished, self.voxels, self.in_a_row = self.finished + 1, self.voxels + outcome.result.voxels, []
             return
         self.failed[key] = reason_of(outcome.error)
         alike = self.in_a_row and _kind(self.failed[self.in_a_row[-1]]) == _kind(self.failed[key])
@@ -271,11 +268,11 @@ class _Tally:
             )
 
     def progress(self, record: Record | None = None) -> Progress:
-        return Progress("denoising", self.done, self.total, self.voxels, record)
+        return Progress("denoising", self.before + self.finished, self.total, self.voxels, record)
 
     def facts(self) -> dict[str, Any]:
         """What nrrn status shows."""
-        return {"slabs": self.done - self.before, "voxels": self.voxels, "seconds": monotonic() - self.started}
+        return {"slabs": self.finished, "voxels": self.voxels, "seconds": monotonic() - self.started}
 
     def refuse_failures(self) -> None:
         """Raises SlabsFailedError if any failed."""

@@ -96,7 +96,7 @@ def read_file(url: str, start: int = 0, stop: int | None = None) -> bytes | None
                 return bytes(files.cat_file(path))
             return bytes(files.cat_file(path, start=start, end=stop))
         except _NOT_THERE:
-            if can_list(url) and _is_listed(url, fresh):  # once: it is we who retry
+            if listed(url, fresh):
                 raise StorageError(f"{url}: storage lists it but does not find it") from None
             raise
         except OSError as error:
@@ -168,17 +168,11 @@ def digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-def listed(url: str) -> bool:
-    """Whether storage lists the file in its folder; no, where nothing can be listed."""
-    if not can_list(url):
-        return False
-    return retried(url, partial(_is_listed, url))
-
-
-def _is_listed(url: str, fresh: bool) -> bool:
+def listed(url: str, fresh: bool = False) -> bool:
+    """Whether storage lists the file in its folder; no, where nothing can be listed. Asked once: who asks retries."""
     folder, _, name = url.rpartition("/")
     try:
-        return name in _files_in(_entries(folder, name, fresh), beginning=name)
+        return can_list(url) and name in _files_in(_entries(folder, name, fresh), beginning=name)
     except _NOT_THERE:
         return False
 
@@ -201,14 +195,8 @@ def _entries(url: str, beginning: str, fresh: bool) -> list[dict[str, Any]]:
 
 def list_folders(url: str) -> list[str]:
     """Names of the folders right below a folder; none if there is no such folder."""
-
-    def request(fresh: bool) -> list[dict[str, Any]]:
-        files, path = files_of(url, fresh)
-        files.invalidate_cache()
-        return list(files.ls(path, detail=True))
-
     try:
-        entries = retried(url, request)
+        entries = retried(url, partial(_entries, url, ""))
     except _NOT_THERE:
         return []
     return [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]

@@ -33,7 +33,7 @@ from nrrn_pipeline.errors import InputError
 _Metadata = TypeVar("_Metadata", bound=ArrayV2Metadata | ArrayV3Metadata)
 _Config = Mapping[str, Any]
 
-_MOST_CODECS = 16  # in one list
+MAX_CODECS = 16  # in one list
 _MOST_SHARDINGS = 4  # within each other: each holds a whole shard in memory while the next one is decoded
 _MOST_INDEX_BYTES = 64 << 20
 _MOST_LZMA_BYTES = 128 << 20  # its dictionary, whatever the chunk's size; preset 9 takes 65 MiB
@@ -178,8 +178,8 @@ def _named(codec: Codec) -> tuple[str, _Config]:
 
 
 def _check_length(codecs: tuple[Any, ...]) -> None:
-    if len(codecs) > _MOST_CODECS:
-        raise InputError(f"the array has {len(codecs)} codecs in one list: at most {_MOST_CODECS} are supported")
+    if len(codecs) > MAX_CODECS:
+        raise InputError(f"the array has {len(codecs)} codecs in one list: at most {MAX_CODECS} are supported")
 
 
 @dataclass(frozen=True)

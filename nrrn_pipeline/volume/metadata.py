@@ -19,7 +19,7 @@ from zarr.core.metadata import ArrayV2Metadata, ArrayV3Metadata
 from nrrn_pipeline import ome
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Shape, box_of
-from nrrn_pipeline.volume.codecs import bounded
+from nrrn_pipeline.volume.codecs import MAX_CODECS, bounded
 
 if TYPE_CHECKING:
     import xarray
@@ -28,7 +28,6 @@ DTYPES = ("uint8", "uint16", "float32")
 MAX_AXIS = 2**24  # voxels; the longest axis ever imaged has a hundredth of that
 MAX_CHUNK_BYTES = 2**31  # one chunk is decoded whole, in memory
 MAX_METADATA_BYTES = 2**20
-MAX_CODECS = 16
 
 Metadata = ArrayV2Metadata | ArrayV3Metadata
 

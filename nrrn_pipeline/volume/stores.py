@@ -119,19 +119,13 @@ def merged(ranges: list[Range]) -> list[Range]:
     return joined
 
 
-def shard_index(stored: bytes) -> np.ndarray[Any, Any]:
-    """(chunks, 2): offset and length in bytes of each chunk of a shard; both all ones: absent.
-
-    `stored` ends with the index: uint64 pairs, then four bytes of CRC-32C (Zarr v3, sharding codec).
-    """
-    return np.frombuffer(stored[:-4], "<u8").reshape(-1, 2)
-
-
-ABSENT = np.iinfo(np.uint64).max
-
-
 def _slices(index: bytes, places: list[int], longest: int) -> list[Range]:
-    entries = shard_index(index)[places]
+    """Where the chunks at some places of a shard's index lie in the shard, but for those that are absent.
+
+    The index holds an offset and a length in bytes for each chunk, uint64, both all ones if it is absent; then four
+    bytes of CRC-32C (Zarr v3, sharding codec).
+    """
+    entries = np.frombuffer(index[:-4], "<u8").reshape(-1, 2)[places]
     return [(int(offset), int(offset) + int(length)) for offset, length in entries if length <= longest]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
@@ -115,9 +114,7 @@ def to_xarray(volume: Volume) -> xarray.DataArray:
         return read_box(volume, Box(*(Span(*ends) for ends in block_info[None]["array-location"])))
 
     chunks = dask.array.core.normalize_chunks(volume.chunk, volume.shape)
-    lazy = dask.array.map_blocks(
-        partial(block), chunks=chunks, dtype=volume.dtype, meta=np.empty((0, 0, 0), volume.dtype)
-    )
+    lazy = dask.array.map_blocks(block, chunks=chunks, dtype=volume.dtype, meta=np.empty((0, 0, 0), volume.dtype))
     unit = {"units": "nm" if volume.in_nm else "unknown"}
     coordinates = {
         axis: (axis, origin + size * np.arange(length), unit)
@@ -134,19 +131,15 @@ def _wanted(volume: Volume, box: Box) -> dict[str, list[int]]:
     if [type(step) for step in codec.index_codecs] != [BytesCodec, Crc32cCodec]:
         return {}
     wanted: dict[str, list[int]] = {}
+    grid = [size // chunk for size, chunk in zip(volume.write_unit, volume.chunk, strict=True)]
+    places = np.arange(prod(grid)).reshape(grid)
     for part in cells_of(box, volume.write_unit):
         chunks = [
             range(span.start % unit // chunk, (span.start % unit + len(span) - 1) // chunk + 1)
             for span, unit, chunk in zip(part.spans, volume.write_unit, volume.chunk, strict=True)
         ]
-        grid = np.arange(int(np.prod(_grid(volume)))).reshape(_grid(volume))
-        wanted[object_key(volume, part)] = [int(place) for place in grid[np.ix_(*chunks)].ravel()]
+        wanted[object_key(volume, part)] = [int(place) for place in places[np.ix_(*chunks)].ravel()]
     return wanted
-
-
-def _grid(volume: Volume) -> list[int]:
-    """Chunks of a shard along z, y, x."""
-    return [size // chunk for size, chunk in zip(volume.write_unit, volume.chunk, strict=True)]
 
 
 def _full_selection(volume: Volume, box: Box) -> tuple[slice, ...]:
