@@ -13,7 +13,7 @@ from typing import Any
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.checking import Status, check, status
-from nrrn_pipeline.cluster import address_client, local_client
+from nrrn_pipeline.cluster import AddressSettings, ClusterSettings, LocalSettings, load_settings, started
 from nrrn_pipeline.cost import Cost, cost_of, counted, default_workers, refuse_what_cannot_fit, seconds_to_run
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Shape
@@ -65,9 +65,10 @@ class Options:
 
     level: pyramid level of an OME-Zarr source. roi: the part to denoise, in the level's voxels, as
     Box.parse("0:8,0:512,0:512"). layout: slab, chunk, shard, tile and halo. method: images and statistics. device:
-    "auto", "cpu" or "cuda". cluster: "local", "serial" or a Dask scheduler's address; keys: the folder with the
-    certificates for it. workers: processes of a local cluster; None: as many as cores and memory carry. prefetch: each
-    of them reads the next slab, and writes the last, while one computes. overwrite: delete an output that exists.
+    "auto", "cpu" or "cuda". cluster: "local", "serial", a Dask scheduler's address, or settings of a cluster, also as
+    the name of a TOML file with them; keys: the folder with the certificates for an address. workers: processes of a
+    local cluster; None: as many as cores and memory carry. prefetch: each of them reads the next slab, and writes the
+    last, while one computes. overwrite: delete an output that exists.
     """
 
     level: int = 0
@@ -75,31 +76,50 @@ class Options:
     layout: Layout = field(default_factory=Layout)
     method: Method = field(default_factory=Method)
     device: str = "auto"
-    cluster: str = "local"
+    cluster: str | ClusterSettings = "local"
     keys: str | None = None
     workers: int | None = None
     prefetch: bool = True
     overwrite: bool = False
+    cluster_settings: ClusterSettings | None = field(init=False)  # of `cluster`; None: serial
 
     def __post_init__(self) -> None:
         """Raises InputError for a device, cluster or number of workers that cannot be."""
         refuse_unknown_device(self.device)
-        if not self.here and ":" not in self.cluster:
-            raise InputError(f"cluster {self.cluster!r} is unknown: use local, serial or an address as tls://host:8786")
-        if self.here and self.keys is not None:
-            raise InputError(f"keys are for a cluster that is there already: give its address, not {self.cluster}")
         if self.workers is not None and self.workers < 1:
             raise InputError(f"workers {self.workers} is not possible: use 1 or more")
+        object.__setattr__(self, "cluster_settings", _settings_of(self.cluster, self.keys, self.workers))
 
     @property
     def here(self) -> bool:
         """Whether this machine does the work, so that its memory and devices are what counts."""
-        return self.cluster in ("serial", "local")
+        return isinstance(self.cluster_settings, LocalSettings | None)
 
     @property
     def slabs_each(self) -> int:
         """Slabs that one worker process has in flight."""
-        return 2 if self.prefetch and self.cluster != "serial" else 1
+        return 2 if self.prefetch and self.cluster_settings is not None else 1
+
+
+def _settings_of(cluster: str | ClusterSettings, keys: str | None, workers: int | None) -> ClusterSettings | None:
+    """The settings that `cluster` stands for; None for serial."""
+    if isinstance(cluster, str) and not cluster.endswith(".toml") and ":" in cluster:
+        if workers is not None:
+            raise InputError(f"workers are for local clusters: {cluster} has those that were started for it")
+        return AddressSettings(address=cluster, keys=keys)
+    if keys is not None:
+        raise InputError(f"keys are for a cluster that is there already: give its address, not {cluster}")
+    if cluster == "serial":
+        return None
+    if cluster == "local":
+        return LocalSettings(workers=workers)
+    if isinstance(cluster, str) and not cluster.endswith(".toml"):
+        raise InputError(
+            f"cluster {cluster!r} is unknown: use local, serial, an address as tls://host:8786 or a TOML file"
+        )
+    if workers is not None:
+        raise InputError(f"workers are for --cluster local: set them in {cluster}")
+    return load_settings(cluster) if isinstance(cluster, str) else cluster
 
 
 @dataclass(frozen=True)
@@ -339,9 +359,8 @@ def _plan(source: Location, output: Location, weights: Location | None, options:
 
 def _workers(made: DenoisePlan, options: Options) -> int:
     """Local workers that the options ask for. Raises InputError if this machine is asked for more than it can hold."""
-    workers = options.workers
-    if options.cluster == "serial":
-        workers = 1
+    settings = options.cluster_settings
+    workers = settings.workers if isinstance(settings, LocalSettings) else 1 if settings is None else None
     if workers is None:
         on_gpu = options.here and choose_device(options.device).type == "cuda"
         workers = default_workers(made, on_gpu, options.slabs_each)
@@ -353,14 +372,13 @@ def _workers(made: DenoisePlan, options: Options) -> int:
 @contextmanager
 def _runner(made: DenoisePlan, options: Options) -> Iterator[tuple[Runner, str]]:
     """The runner that the options ask for, and where it runs, in words."""
-    if not options.here:
-        with address_client(options.cluster, options.keys) as client:
-            workers = counted(len(client.nthreads()), "worker")
-            yield DaskRunner(client), f"{workers} of {options.cluster}, dashboard {client.dashboard_link}"
-        return
-    workers_here = _workers(made, options)
-    if options.cluster == "serial":
+    settings = options.cluster_settings
+    workers = _workers(made, options) if options.here else None
+    if settings is None:
         yield run_serially, "this process"
         return
-    with local_client(workers_here, options.slabs_each) as client:
-        yield DaskRunner(client), f"{counted(workers_here, 'local worker')}, dashboard {client.dashboard_link}"
+    if isinstance(settings, LocalSettings):
+        settings = settings.model_copy(update={"workers": workers})
+    with started(settings, options.slabs_each) as cluster:
+        there = counted(len(cluster.client.nthreads()), "worker")
+        yield DaskRunner(cluster.client, cluster.tend, cluster.patience_s), f"{there} of {cluster.where}"

@@ -58,9 +58,15 @@ def run_serially(task: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[O
 
 @dataclass(frozen=True)
 class DaskRunner:
-    """Items as single futures on a Dask cluster, a bounded number of them at a time: no graph, no voxels sent."""
+    """Items as single futures on a Dask cluster, a bounded number of them at a time: no graph, no voxels sent.
+
+    tend: called every POLL_S or so, with the number of items that are done: the cluster looks after its workers.
+    patience_s: how long to go on without any worker.
+    """
 
     client: distributed.Client
+    tend: Callable[[int], None] | None = None
+    patience_s: float = PATIENCE_S
 
     def __call__(self, task: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Outcome]:
         """One outcome an item, as they finish. Whatever is in flight when the caller stops asking is cancelled.
@@ -70,6 +76,7 @@ class DaskRunner:
         there = partial(_with_options, options_text(), task)
         # keys of one group: Dask keeps account of every group for as long as anything runs
         group, numbers = f"{_name_of(task)}-{uuid.uuid4().hex}", count()
+        finished = 0
         waiting = ((item, 1) for item in items)
         again: list[tuple[Any, int]] = []
         suspects: list[tuple[Any, int]] = []
@@ -89,10 +96,11 @@ class DaskRunner:
                     start(suspects.pop())
                 if not running:
                     return
-                for future in self._finished(list(running), resources):
+                for future in self._finished(list(running), resources, finished):
                     item, attempt = running.pop(future)
                     error = future.exception()
                     if error is None:
+                        finished += 1
                         yield Outcome(item, future.result())
                         continue
                     raise_permanent(error, item)
@@ -107,30 +115,37 @@ class DaskRunner:
             with suppress(Exception):  # of a scheduler that is gone there is nothing to cancel
                 self.client.cancel(list(running))
 
-    def _finished(self, running: list[Any], resources: dict[str, float] | None) -> list[Any]:
+    def _finished(self, running: list[Any], resources: dict[str, float] | None, finished: int) -> list[Any]:
         """Some that have ended, as soon as there are any. Raises RunError if no worker is left to end them."""
         deserted_s = 0.0
-        while deserted_s < PATIENCE_S:
+        while deserted_s < self.patience_s:
+            if self.tend is not None:
+                self.tend(finished)
             try:
                 return list(distributed.wait(running, timeout=POLL_S, return_when="FIRST_COMPLETED").done)
             except TimeoutError:
                 deserted_s = 0.0 if self._places(resources) else deserted_s + POLL_S
-        raise RunError(f"the cluster has had no worker for {PATIENCE_S:.0f} s: start some; {GO_ON}")
+        raise RunError(f"the cluster has had no worker for {self.patience_s:.0f} s: start some; {GO_ON}")
 
     def _places(self, resources: dict[str, float] | None) -> int:
         """How many items can run now, one a thread, or two a GPU.
 
         No more are sent: one that waits behind another is suspected too when that kills their worker.
         """
-        workers = self.client.scheduler_info()["workers"].values()
+        workers = self._workers()
         if resources:
             return int(sum(worker.get("resources", {}).get("GPU", 0) for worker in workers) / resources["GPU"])
         return sum(int(worker["nthreads"]) for worker in workers)
 
     def _resources(self) -> dict[str, float] | None:
         """Half a GPU a task, on a cluster whose workers declare GPUs: while one slab computes the next is read."""
-        workers = self.client.scheduler_info()["workers"].values()
+        workers = self._workers()
         return {"GPU": 0.5} if any("GPU" in worker.get("resources", {}) for worker in workers) else None
+
+    def _workers(self) -> list[dict[str, Any]]:
+        """Those that take items: not one that is paused because its time is nearly over."""
+        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        return [worker for worker in workers if worker.get("status", "running") == "running"]
 
 
 def raise_permanent(error: BaseException, item: Any) -> None:

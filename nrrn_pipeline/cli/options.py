@@ -20,7 +20,7 @@ def _use_storage_options(context: typer.Context, text: str | None) -> str | None
 
 Source = Annotated[str, typer.Argument(metavar="SRC", help="Zarr volume: OME-Zarr 0.4 or 0.5, or a bare array.")]
 Output = Annotated[str, typer.Argument(metavar="DST", help="OME-Zarr 0.5 to write.")]
-Cluster = Annotated[str, typer.Option(help="local, serial, or a Dask scheduler's address.")]
+Cluster = Annotated[str, typer.Option(help="local, serial, a Dask scheduler's address, or FILE.toml with settings.")]
 Workers = Annotated[int | None, typer.Option(help="Local processes [default: what cores and memory carry].")]
 Tile = Annotated[int, typer.Option(help="Largest window the network sees, in voxels.")]
 Halo = Annotated[int | None, typer.Option(help="Voxels read and discarded around a tile [default: the reach].")]

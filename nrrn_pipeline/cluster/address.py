@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import dask
 from distributed import Client, Security
@@ -20,6 +20,7 @@ from distributed.comm.core import FatalCommClosedError
 from distributed.core import rpc
 from distributed.utils import LoopRunner
 
+from nrrn_pipeline.cluster.base import ClusterSettings
 from nrrn_pipeline.cluster.keys import HOST_NAME, HOW_TO_MAKE, security_from
 from nrrn_pipeline.errors import InputError
 
@@ -28,6 +29,14 @@ ANSWER_S = 10
 LOCATION = re.compile(r"(?P<host>\[[0-9a-f:.]+\]|[^\[\]:]+):(?P<port>[0-9]{1,5})", re.ASCII | re.IGNORECASE)
 HOW_TO_FIND = "give the address that dask scheduler printed, such as tls://10.0.0.1:8786"
 INPROC = re.compile(r"[0-9a-f.:]+/[0-9]+/[0-9]+", re.ASCII)
+
+
+class AddressSettings(ClusterSettings):
+    """A scheduler that runs already, such as tls://host:8786, and the folder with the keys for it."""
+
+    kind: Literal["address"] = "address"
+    address: str
+    keys: str | None = None
 
 
 @contextmanager

@@ -6,14 +6,24 @@ import logging
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated, Literal
 
 import dask
 from distributed import Client, LocalCluster
+from pydantic import Field
 
+from nrrn_pipeline.cluster.base import ClusterSettings
 from nrrn_pipeline.errors import RunError
 from nrrn_pipeline.machine import threads_each
 
 DASHBOARD_PORT = 8787
+
+
+class LocalSettings(ClusterSettings):
+    """Workers on this machine; `workers` None: as many as cores, memory and GPUs carry."""
+
+    kind: Literal["local"] = "local"
+    workers: Annotated[int, Field(ge=1)] | None = None
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What every local worker process does first; Dask loads this module by its name."""
+"""What every worker process that we start does first; Dask loads this module by its name."""
 
 from __future__ import annotations
 

@@ -299,7 +299,9 @@ def test_an_address_that_is_no_safe_one_is_refused_with_what_to_use(lab: Lab, ad
 
 @pytest.mark.parametrize("command", ["denoise", "plan"])
 def test_a_cluster_that_is_no_address_is_refused(lab: Lab, command: str) -> None:
-    assert "cluster 'cloud' is unknown: use local, serial or" in lab.refusal("--cluster", "cloud", command=command)
+    assert "cluster 'cloud' is unknown: use local, serial, an address" in lab.refusal(
+        "--cluster", "cloud", command=command
+    )
 
 
 @pytest.mark.parametrize("command", ["denoise", "plan"])
