@@ -19,6 +19,7 @@ from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Shape
 from nrrn_pipeline.lease import wait_for_end
 from nrrn_pipeline.ledger import Ledger
+from nrrn_pipeline.members import Share
 from nrrn_pipeline.network import (
     NRRN,
     bytes_hash,
@@ -33,7 +34,8 @@ from nrrn_pipeline.network import (
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.planning import DenoisePlan, Layout, Method, Weights, plan_denoise
 from nrrn_pipeline.run import Progress, check_output, run_plan
-from nrrn_pipeline.runners import DaskRunner, Runner, run_serially
+from nrrn_pipeline.runners import DaskRunner, Runner, ThreadRunner, run_serially
+from nrrn_pipeline.sharing import run_share
 from nrrn_pipeline.slab import read_weights
 from nrrn_pipeline.training.fit import OnStep, TrainSettings, fit
 from nrrn_pipeline.training.triplets import triplets
@@ -68,7 +70,8 @@ class Options:
     "auto", "cpu" or "cuda". cluster: "local", "serial", a Dask scheduler's address, or settings of a cluster, also as
     the name of a TOML file with them; keys: the folder with the certificates for an address. workers: processes of a
     local cluster; None: as many as cores and memory carry. prefetch: each of them reads the next slab, and writes the
-    last, while one computes. overwrite: delete an output that exists.
+    last, while one computes. overwrite: delete an output that exists. share: this process is one of several that share
+    the work without a Dask cluster, each called alike but for the number of its share.
     """
 
     level: int = 0
@@ -81,6 +84,7 @@ class Options:
     workers: int | None = None
     prefetch: bool = True
     overwrite: bool = False
+    share: Share | None = None
     cluster_settings: ClusterSettings | None = field(init=False)  # of `cluster`; None: serial
 
     def __post_init__(self) -> None:
@@ -88,7 +92,14 @@ class Options:
         refuse_unknown_device(self.device)
         if self.workers is not None and self.workers < 1:
             raise InputError(f"workers {self.workers} is not possible: use 1 or more")
-        object.__setattr__(self, "cluster_settings", _settings_of(self.cluster, self.keys, self.workers))
+        settings = _settings_of(self.cluster, self.keys, self.workers)
+        if self.share is not None:
+            if not isinstance(settings, LocalSettings | None) or self.workers is not None:
+                raise InputError(f"shard {self.share} is done by this process alone: give no cluster and no workers")
+            if self.overwrite:
+                raise InputError(f"shard {self.share} cannot overwrite, as others are at work: delete the output first")
+            settings = None
+        object.__setattr__(self, "cluster_settings", settings)
 
     @property
     def here(self) -> bool:
@@ -98,7 +109,7 @@ class Options:
     @property
     def slabs_each(self) -> int:
         """Slabs that one worker process has in flight."""
-        return 2 if self.prefetch and self.cluster_settings is not None else 1
+        return 2 if self.prefetch and (self.cluster_settings or self.share) else 1
 
 
 def _settings_of(cluster: str | ClusterSettings, keys: str | None, workers: int | None) -> ClusterSettings | None:
@@ -134,11 +145,15 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did. `resumed` slabs were done before; peak_memory_bytes is the largest worker's (0: none worked)."""
+    """What a run did. `resumed` slabs were done before, `done` by this run, all others by those that share it.
+
+    peak_memory_bytes is the largest worker's (0: none worked).
+    """
 
     plan: DenoisePlan
     slabs: int
     resumed: int
+    done: int
     voxels: int
     seconds: float
     peak_memory_bytes: int
@@ -194,18 +209,21 @@ def denoise(
 
 def _carried_out(made: DenoisePlan, options: Options, watch: RunWatch, again: frozenset[str] = frozenset()) -> Summary:
     check_output(made, options.overwrite)  # before workers start; run_plan may be called without us
-    started, resumed, voxels, peak = perf_counter(), 0, 0, 0
+    started, resumed, done, voxels, peak = perf_counter(), None, 0, 0, 0
     with _runner(made, options) as (runner, where):
         watch.started(made, where)
-        for progress in run_plan(made, runner, options.device, options.overwrite, again):
+        if options.share is None:
+            run = run_plan(made, runner, options.device, options.overwrite, again)
+        else:
+            run = run_share(made, options.share, runner, options.device)
+        for progress in run:
             watch.progressed(progress)
             if progress.stage == "denoising":
                 voxels = progress.voxels
-                if progress.record is None:
-                    resumed = progress.done
-                else:
-                    peak = max(peak, progress.record.peak_memory_bytes)
-    return Summary(made, len(made.slabs), resumed, voxels, perf_counter() - started, peak)
+                resumed = progress.done if resumed is None else resumed
+                if progress.record is not None:
+                    done, peak = done + 1, max(peak, progress.record.peak_memory_bytes)
+    return Summary(made, len(made.slabs), resumed or 0, done, voxels, perf_counter() - started, peak)
 
 
 def verify(output: Location, deep: bool = False) -> list[str]:
@@ -249,7 +267,8 @@ def repair(
         raise InputError(f"{output} cannot be repaired: its settings are damaged ({error})") from error
     again = replace(options or Options(), level=level, roi=roi, layout=layout, method=method, overwrite=False)
     keys = frozenset(checked.slab for checked in found if checked.slab)
-    return problems, _carried_out(_plan(source, volume.group_url, used, again), again, watch or RunWatch(), keys)
+    made = replace(_plan(source, volume.group_url, used, again), growing=ledger.growing())
+    return problems, _carried_out(made, again, watch or RunWatch(), keys)
 
 
 def train(
@@ -375,7 +394,8 @@ def _runner(made: DenoisePlan, options: Options) -> Iterator[tuple[Runner, str]]
     settings = options.cluster_settings
     workers = _workers(made, options) if options.here else None
     if settings is None:
-        yield run_serially, "this process"
+        shared = f", share {options.share}" if options.share else ""
+        yield ThreadRunner(options.slabs_each) if shared else run_serially, f"this process{shared}"
         return
     if isinstance(settings, LocalSettings):
         settings = settings.model_copy(update={"workers": workers})

@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import InputError, StorageError
 from nrrn_pipeline.geometry import Box, boxes_of
-from nrrn_pipeline.lease import LEASE_S, last_driver, process_is_gone
+from nrrn_pipeline.lease import last_driver, members
 from nrrn_pipeline.ledger import Ledger
 from nrrn_pipeline.places import absolute
-from nrrn_pipeline.volume import Volume, object_key, open_volume, stored_units
+from nrrn_pipeline.presence import LEASE_S, has_ended
+from nrrn_pipeline.volume import Volume, get_provenance, object_key, open_volume, stored_units
+
+WHOLE = ("complete", "growing")  # states of an output all of whose slabs are done
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ def check(output: str | os.PathLike[str], deep: bool = False) -> Iterator[Checke
     recorded = ledger.done()
     origin = Box.parse(settings["roi"])
     units = {key: set(boxes_of(keep.shifted(origin), volume.write_unit)) for key, keep in slabs.items()}
-    torn = ledger.torn(units, stored_units(volume))
+    torn = ledger.torn(recorded, units, stored_units(volume))
     for done, key in enumerate(slabs, start=1):
         if key not in recorded:
             problems = [f"slab {key} has no record: it was not denoised"]
@@ -70,7 +74,7 @@ def check(output: str | os.PathLike[str], deep: bool = False) -> Iterator[Checke
 
 
 def status(output: str | os.PathLike[str]) -> Status:
-    """How far the run on an output is, wherever it is driven from; reads the ledger alone.
+    """How far the run on an output is, wherever it is driven from; reads the ledger and the group's attributes.
 
     Raises InputError if there is no ledger.
     """
@@ -80,18 +84,40 @@ def status(output: str | os.PathLike[str]) -> Status:
         raise InputError(f"{url} has no ledger yet: a run writes it once the slices' statistics are measured")
     slabs = ledger.slabs()
     total, done = len(slabs), sum(key in slabs and claims != {-1} for key, claims in ledger.done().items())
+    sharing = [one for one in members(ledger.url).values() if not has_ended(one) and _silent_s(one) < LEASE_S]
     driver = last_driver(ledger.url) or {}
-    seconds, finished, voxels = (_number(driver.get(name)) for name in ("seconds", "slabs", "voxels"))
-    running = driver.get("state") == "running" and not process_is_gone(driver)
-    left = (total - done) * seconds / finished if running and finished else None
+    slabs_rate, voxels_rate = (sum(_rate(one, name) for one in sharing or [driver]) for name in ("slabs", "voxels"))
+    running = bool(sharing) or not has_ended(driver)
+    if sharing:
+        state = f"running: shared, {len(sharing)} at work"
+    else:
+        state = (_whole(driver, url) if done >= total and not running else "") or _state(driver, running)
     return Status(
-        state="complete" if driver.get("state") == "complete" and done >= total else _state(driver, running),
+        state=state,
         done=done,
         total=total,
-        failed={key: ledger.reason(key) for key in sorted(ledger.failed())},
-        rate=voxels / seconds if seconds else None,
-        seconds_left=left,
+        failed={key: ledger.failure(key)[0] for key in sorted(ledger.failed())},
+        rate=voxels_rate or None,
+        seconds_left=(total - done) / slabs_rate if running and slabs_rate else None,
     )
+
+
+def _whole(driver: dict[str, Any], url: str) -> str:
+    """What its last driver, or the output itself if none drove it, says of it: complete, growing or nothing."""
+    said = str(driver.get("state"))
+    with suppress(InputError):  # no Zarr yet
+        said = said if said in WHOLE else str((get_provenance(url) or {}).get("state"))
+    return said if said in WHOLE else ""
+
+
+def _rate(process: dict[str, Any], name: str) -> float:
+    """Of a process's facts, a second."""
+    seconds = _number(process.get("seconds"))
+    return _number(process.get(name)) / seconds if seconds else 0.0
+
+
+def _silent_s(process: dict[str, Any]) -> float:
+    return time.time() - _number(process.get("renewed"))
 
 
 def _state(driver: dict[str, Any], running: bool) -> str:
@@ -99,7 +125,7 @@ def _state(driver: dict[str, Any], running: bool) -> str:
     if not running:
         ended = {"running": "was killed", "failed": "failed", "complete": "ended"}.get(str(driver.get("state")))
         return f"stopped: {who} {ended or 'was interrupted'}" if driver else "stopped"
-    silent_s = time.time() - _number(driver.get("renewed"))
+    silent_s = _silent_s(driver)
     if silent_s > LEASE_S:  # or the two machines' clocks differ
         return f"no sign of life from {who} for {silent_s:.0f} s"
     return f"running: {who}"

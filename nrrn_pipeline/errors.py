@@ -41,6 +41,12 @@ class SlabsFailedError(RunError):
     def __init__(self, message: str) -> None:
         Exception.__init__(self, "\n".join(map(readable, message.split("\n"))))
 
+    @classmethod
+    def of(cls, failed: dict[str, str], total: int) -> SlabsFailedError:
+        """Of slabs, with their reasons."""
+        lines = "".join(f"\nslab {key}: {reason}" for key, reason in sorted(failed.items()))
+        return cls(f"{len(failed)} of {total} slabs failed every time. All others are done; {GO_ON}{lines}")
+
 
 class StorageError(OSError):
     """Storage refused, or failed on every attempt; no retry helps if `permanent`. Its text never holds a secret."""

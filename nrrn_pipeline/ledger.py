@@ -4,7 +4,9 @@
     DST/0/nrrn/statistics.json           each slice's mean and std, measured once
     DST/0/nrrn/slabs/KEY.*.json          written by the worker after the slab's last voxel
     DST/0/nrrn/failed/KEY.json           a slab that was set aside, and why
-    DST/0/nrrn/drivers/                  who is at work (lease.py)
+    DST/0/nrrn/drivers/                  who is at work (lease.py), alone
+    DST/0/nrrn/members/, claims/         or sharing the work (members.py)
+    DST/0/nrrn/measured/KEY.json         slices' mean and std in one box, until all are measured
 
 Chunk presence says nothing: only a record says "done". Its name, KEY.STORED.LENGTH.json, holds the bytes that the
 slab's voxels take in storage and its own length: one listing of records and one of chunks tell what is done, and
@@ -14,6 +16,7 @@ whether any of it was cut short. Every file carries its own checksum.
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from math import prod
@@ -22,8 +25,9 @@ from typing import Any
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, boxes_of
+from nrrn_pipeline.places import REQUESTS_AT_ONCE
 from nrrn_pipeline.planning import MAX_SLABS, DenoisePlan, slab_key
-from nrrn_pipeline.statistics import SliceStatistics
+from nrrn_pipeline.statistics import MeasuredBox, SliceStatistics, document_of, measured_box
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,16 @@ class Ledger:
 
         Raises InputError if another run was faster, with other settings.
         """
-        if not storage.write_document(f"{self.url}/plan.json", _document_of(plan), new=True):
-            self.refuse_others(plan)
+        if storage.write_document(f"{self.url}/plan.json", _document_of(plan), new=True):
+            return
+        if self.grows(plan):
+            for key in self.outgrown(plan):
+                self.forget(key)
+            self.mend(plan)
+        self.refuse_others(plan)
 
     def mend(self, plan: DenoisePlan) -> None:
-        """Write damaged settings again; the output's own attributes must know them to be the plan's."""
+        """Write settings again that are damaged, or outgrown."""
         storage.write_document(f"{self.url}/plan.json", _document_of(plan))
 
     def refuse_others(self, plan: DenoisePlan) -> None:
@@ -81,6 +90,40 @@ class Ledger:
                 "resume it, another output, or --overwrite to start again"
             )
 
+    def grows(self, plan: DenoisePlan) -> bool:
+        """Whether the plan's settings are those that it was begun with but for more slices, as was to be expected."""
+        with suppress(ValueError, LookupError, TypeError, AttributeError):  # damaged, or no ledger
+            document = self._plan_document() or {}
+            old = document["settings"]
+            if not (plan.growing or document["growing"]) or not _keys_changed(old, plan) <= {"roi", "source shape"}:
+                return False
+            then, now = Box.parse(old["roi"]), plan.box
+            alike = (then.z.start, then.y, then.x, *old["source shape"][1:]) == (
+                *(now.z.start, now.y, now.x),
+                *plan.source.shape[1:],
+            )
+            return alike and then.z.stop <= now.z.stop and old["source shape"][0] <= plan.source.shape[0]
+        return False
+
+    def growing(self) -> bool:
+        """Whether more slices were to come."""
+        with suppress(ValueError):
+            return bool((self._plan_document() or {}).get("growing"))
+        return False
+
+    def outgrown(self, plan: DenoisePlan) -> list[str]:
+        """Slabs that a plan that grows must do again: those that ended where the volume did, or before a slab does."""
+        settings = self.settings() or {}
+        last, ended = Box.parse(settings["roi"]).z.stop, settings["source shape"][0]
+        ends = [slab.key for slab in plan.slabs if slab.keep.z.start < last <= slab.keep.z.stop]
+        whole = (last - plan.box.z.start) % plan.slab[0] == 0
+        return [] if whole and last < ended else ends
+
+    def begun_slices(self) -> tuple[int, int] | None:
+        """Where the slices end that it was begun for, and where its source ended then; None if it is not begun."""
+        settings = self.settings()
+        return None if settings is None else (Box.parse(settings["roi"]).z.stop, int(settings["source shape"][0]))
+
     def begun(self) -> bool:
         """Whether a plan has claimed the output."""
         return storage.read_file(f"{self.url}/plan.json") is not None
@@ -88,10 +131,13 @@ class Ledger:
     def settings(self) -> dict[str, Any] | None:
         """The settings it was begun with; None if there is no ledger."""
         try:
-            document = storage.read_document(f"{self.url}/plan.json")
+            document = self._plan_document()
             return None if document is None else dict(document["settings"])
         except (ValueError, LookupError, TypeError) as error:
             raise InputError(f"{self.url}/plan.json is damaged ({error}): start again with --overwrite") from error
+
+    def _plan_document(self) -> dict[str, Any] | None:
+        return storage.read_document(f"{self.url}/plan.json")
 
     def slabs(self) -> dict[str, Box]:
         """The key of every slab of the settings that it was begun with, and the part of the output that it writes.
@@ -130,13 +176,15 @@ class Ledger:
             found.setdefault(key, set()).add(numbers[0] if len(numbers) == 2 and numbers[1] == size else -1)
         return found
 
-    def torn(self, units: dict[str, set[Box]], stored: dict[Box, int]) -> dict[str, str]:
+    @staticmethod
+    def torn(done: dict[str, set[int]], units: dict[str, set[Box]], stored: dict[Box, int]) -> dict[str, str]:
         """Slabs that are recorded but not as storage lists them, each with what is wrong.
 
-        `units`: each slab's write units. `stored`: those that storage lists, with their bytes.
+        `done`: what done() gave. `units`: each slab's write units. `stored`: those that storage lists, with their
+        bytes; to be listed after `done`, as others may be at work, and voxels are there before their record.
         """
         wrong = {}
-        for key, claims in self.done().items():
+        for key, claims in done.items():
             if missing := [unit for unit in units.get(key, ()) if unit not in stored]:
                 wrong[key] = f"{len(missing)} of its shards are gone"
             elif key in units and (found := sum(stored[unit] for unit in units[key])) not in claims:
@@ -163,9 +211,13 @@ class Ledger:
             raise ValueError(f"slab {key} has no record")
         return found
 
-    def put_failure(self, key: str, reason: str) -> None:
-        """Note that a slab was set aside."""
-        storage.write_document(f"{self.url}/failed/{key}.json", {"key": key, "reason": reason})
+    def is_done(self, key: str) -> bool:
+        """Whether one slab is recorded."""
+        return bool(storage.list_sizes(f"{self.url}/slabs", beginning=f"{key}."))
+
+    def put_failure(self, key: str, reason: str, by: str = "") -> None:
+        """Note that a slab was set aside, and by which process."""
+        storage.write_document(f"{self.url}/failed/{key}.json", {"key": key, "reason": reason, "by": by})
 
     def clear_failure(self, key: str) -> None:
         """It was denoised after all."""
@@ -175,12 +227,39 @@ class Ledger:
         """Keys of the slabs that were set aside, by listing alone."""
         return {name.removesuffix(".json") for name in storage.list_sizes(f"{self.url}/failed")}
 
-    def reason(self, key: str) -> str:
-        """Why a slab was set aside."""
+    def failure(self, key: str) -> tuple[str, str]:
+        """Why a slab was set aside, and by which process."""
         try:
-            return str((storage.read_document(f"{self.url}/failed/{key}.json") or {}).get("reason", "unknown"))
+            document = storage.read_document(f"{self.url}/failed/{key}.json") or {}
         except ValueError as error:
-            return str(error)
+            return str(error), ""
+        return str(document.get("reason", "unknown")), str(document.get("by", ""))
+
+    def put_measured(self, part: MeasuredBox) -> None:
+        """Keep what was measured in one box, until all are and put_statistics keeps the whole."""
+        storage.write_document(f"{self.url}/measured/{slab_key(part[0])}.json", document_of(part))
+
+    def measured(self) -> set[str]:
+        """Keys (slab_key) of the boxes that put_measured kept; a listing."""
+        return {name.removesuffix(".json") for name in storage.list_sizes(f"{self.url}/measured")}
+
+    def all_measured(self) -> list[MeasuredBox]:
+        """What put_measured kept. Raises ValueError, once it is deleted, for what is damaged: it can be done again."""
+
+        def read(key: str) -> MeasuredBox:
+            url = f"{self.url}/measured/{key}.json"
+            try:
+                return measured_box(storage.read_document(url) or {})
+            except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+                storage.remove_file(url)
+                raise ValueError(f"{url} is damaged") from error
+
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            return list(pool.map(read, self.measured()))
+
+    def forget_measured(self) -> None:
+        """Delete what put_measured kept."""
+        storage.remove_tree(f"{self.url}/measured")
 
     def put_statistics(self, statistics: SliceStatistics) -> None:
         """Keep the measured statistics for every later run."""
@@ -195,10 +274,15 @@ class Ledger:
 
 
 def _document_of(plan: DenoisePlan) -> dict[str, Any]:
-    return {"fingerprint": plan.fingerprint, "settings": plan.settings}
+    return {"fingerprint": plan.fingerprint, "settings": plan.settings, "growing": plan.growing}
 
 
 def _changes(old: dict[str, Any], plan: DenoisePlan) -> list[str]:
+    changed = _keys_changed(old, plan)
+    keys = [key for key in {**old, **plan.settings} if key in changed]
+    return [f"{key} was {old.get(key)}, now {plan.settings.get(key)}" for key in keys]
+
+
+def _keys_changed(old: dict[str, Any], plan: DenoisePlan) -> set[str]:
     new = json.loads(json.dumps(plan.settings))
-    keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    return [f"{key} was {old.get(key)}, now {new.get(key)}" for key in keys]
+    return {key for key in {**old, **new} if old.get(key) != new.get(key)}

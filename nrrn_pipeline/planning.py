@@ -95,7 +95,10 @@ class Slab:
 
 @dataclass(frozen=True)
 class DenoisePlan:
-    """Everything that one run does. `box` is the part of the source that becomes the whole of the target."""
+    """Everything that one run does. `box` is the part of the source that becomes the whole of the target.
+
+    growing: the source will have more slices, and the output with it; `box` ends where a slab and a neighbour do.
+    """
 
     source: Volume
     target: Volume
@@ -105,6 +108,7 @@ class DenoisePlan:
     tile: int
     halo: int
     method: Method
+    growing: bool = False
 
     @property
     def group_url(self) -> str:

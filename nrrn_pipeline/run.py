@@ -15,9 +15,10 @@ from typing import Any, cast
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import GO_ON, InputError, RunError, SlabsFailedError
 from nrrn_pipeline.geometry import Box, Span, boxes_of
-from nrrn_pipeline.lease import LEASE_S, Lease, wait_for_end
+from nrrn_pipeline.lease import Lease, wait_for_end
 from nrrn_pipeline.ledger import Ledger, Record
 from nrrn_pipeline.planning import DenoisePlan, Slab
+from nrrn_pipeline.presence import LEASE_S
 from nrrn_pipeline.retrying import reason_of
 from nrrn_pipeline.runners import Outcome, Runner, raise_permanent
 from nrrn_pipeline.slab import SlabTask, denoise_slab
@@ -62,30 +63,23 @@ def run_plan(
     check_output(plan, overwrite)
     ledger = Ledger(plan.target.url)
     for waited in wait_for_end(ledger.url):
-        yield _waiting(waited)
+        yield waiting(waited)
     replacing = overwrite and storage.exists(plan.group_url) and not _resumable(plan)
-    statistics = None if replacing else ledger.statistics()
-    if statistics is None:
-        statistics = yield from _measure(plan, runner)
-    else:
-        refuse_changed_source(plan, statistics)
+    statistics = yield from _all_statistics(plan, runner, None if replacing else ledger.statistics())
     check_output(plan, overwrite)  # once more, as to measure takes long
     lease, state = Lease(ledger.url), "interrupted"
     try:
         for waited in lease.take():
-            yield _waiting(waited)
+            yield waiting(waited)
         _claim_output(plan, statistics, replacing and not _resumable(plan))
-        create_volume(plan.target, _provenance(plan))
+        create_output(plan)
         _forget(plan, again)
         try:
             yield from _slabs(plan, statistics, runner, device, lease)
         except InputError as error:  # of a worker: weights, device or output are not the planned ones there
             raise RunError(f"{error}. Mend this; {GO_ON}") from error
         lease.check()
-        provenance = get_provenance(plan.group_url) or {}
-        if provenance.get("state") != "complete":
-            set_provenance(plan.group_url, provenance | {"state": "complete", "completed": _now()})
-        state = "complete"
+        state = finish_output(plan)
     except Exception as error:
         state = "failed"
         if isinstance(error, OSError):
@@ -109,7 +103,7 @@ def check_output(plan: DenoisePlan, overwrite: bool = False) -> None:
                     f"{url} is no Zarr and is not overwritten: delete it yourself, or choose another output"
                 )
         elif ledger.begun():
-            if not _damaged_but_ours(plan):
+            if not _damaged_but_ours(plan) and not ledger.grows(plan):
                 ledger.refuse_others(plan)
         elif storage.exists(url) and not _is_bare_claim(plan):
             raise InputError(f"{url} exists and was not made by nrrn denoise: choose another output, or --overwrite")
@@ -119,10 +113,10 @@ def check_output(plan: DenoisePlan, overwrite: bool = False) -> None:
 
 
 def _is_bare_claim(plan: DenoisePlan) -> bool:
-    """Whether there is nothing but the files of drivers: one was killed before it began, or when all was deleted."""
-    drivers = f"{plan.target.level_path}/nrrn/drivers/"
+    """Whether there is nothing but a ledger's files: a driver was killed before it began, or when all was deleted."""
+    ledger = f"{plan.target.level_path}/nrrn/"
     files = [] if is_zarr(plan.group_url) else storage.list_tree(plan.group_url, partials=True)
-    return bool(files) and all(name.startswith(drivers) for name in files)
+    return bool(files) and all(name.startswith(ledger) for name in files)
 
 
 def _damaged_but_ours(plan: DenoisePlan) -> bool:
@@ -152,7 +146,7 @@ def _resumable(plan: DenoisePlan) -> bool:
 
 def refuse_changed_source(plan: DenoisePlan, kept: SliceStatistics) -> None:
     """Raises InputError if a slice in the middle has another mean or std than when the output was begun."""
-    z = (plan.statistics_z.start + plan.statistics_z.stop) // 2
+    z = (kept.z.start + kept.z.stop) // 2
     middle = Span(z, z + 1)
     now = merge_boxes(measure_box(plan.source, box) for box in statistics_boxes(plan.source, middle))
     (mean, std), (mean_then, std_then) = ((s.mean[0], s.std[0]) for s in (now, kept.of(middle)))
@@ -172,9 +166,27 @@ def _claim_output(plan: DenoisePlan, statistics: SliceStatistics, replacing: boo
     elif ledger.begun() and _damaged_but_ours(plan):
         ledger.mend(plan)
     ledger.begin(plan)
-    if ledger.statistics() is None:
+    if ledger.statistics() != statistics:
         ledger.put_statistics(statistics)
     storage.remove_partials(plan.group_url)
+
+
+def create_output(plan: DenoisePlan) -> None:
+    """Make the group and the array, or let them grow to the plan's slices."""
+    create_volume(plan.target, _provenance(plan))
+    provenance = get_provenance(plan.group_url) or {}
+    if provenance.get("fingerprint") != plan.fingerprint:
+        now = {"state": "unfinished", "fingerprint": plan.fingerprint, "settings": plan.settings}
+        set_provenance(plan.group_url, provenance | now)
+
+
+def finish_output(plan: DenoisePlan) -> str:
+    """Write down that all of the plan's slabs are done; the output's state, growing or complete."""
+    provenance = get_provenance(plan.group_url) or {}
+    state = "growing" if plan.growing else "complete"
+    if provenance.get("state") != state:
+        set_provenance(plan.group_url, provenance | {"state": state, "completed": _now()})
+    return state
 
 
 def _forget(plan: DenoisePlan, again: frozenset[str]) -> None:
@@ -185,9 +197,21 @@ def _forget(plan: DenoisePlan, again: frozenset[str]) -> None:
         Ledger(plan.target.url).forget(key)
 
 
-def _measure(plan: DenoisePlan, runner: Runner) -> Generator[Progress, None, SliceStatistics]:
-    """Every slice's mean and std, of the slices that the plan needs."""
-    boxes = statistics_boxes(plan.source, plan.statistics_z)
+def _all_statistics(
+    plan: DenoisePlan, runner: Runner, kept: SliceStatistics | None
+) -> Generator[Progress, None, SliceStatistics]:
+    """Every slice's mean and std, of the slices that the plan needs; only those are measured that are not kept."""
+    if kept is None:
+        return (yield from _measure(plan, runner, plan.statistics_z))
+    refuse_changed_source(plan, kept)
+    if kept.z.stop >= plan.statistics_z.stop:
+        return kept
+    later = yield from _measure(plan, runner, Span(kept.z.stop, plan.statistics_z.stop))
+    return kept.followed_by(later)
+
+
+def _measure(plan: DenoisePlan, runner: Runner, z: Span) -> Generator[Progress, None, SliceStatistics]:
+    boxes = statistics_boxes(plan.source, z)
     parts = []
     yield Progress("statistics", 0, len(boxes))
     for outcome in runner(partial(measure_box, plan.source), boxes):
@@ -211,17 +235,14 @@ def _slabs(
 ) -> Iterator[Progress]:
     """Denoise every slab that is not recorded, or not stored as its record says."""
     slabs, ledger = plan.slabs, Ledger(plan.target.url)
-    units = {slab.key: units_of(plan, slab) for slab in slabs}
-    for key, wrong in ledger.torn(units, stored_units(plan.target)).items():
-        ledger.forget(key)
-        yield Progress("denoising", 0, len(slabs), note=f"slab {key}: {wrong}; it is denoised again")
-    recorded, failed_before = ledger.done(), ledger.failed()
-    for key in failed_before & recorded.keys():  # its driver was killed before it could
+    recorded = yield from forget_torn(plan)
+    failed_before = ledger.failed()
+    for key in failed_before & recorded:  # its driver was killed before it could
         ledger.clear_failure(key)
     left = [slab for slab in slabs if slab.key not in recorded]
-    used = statistics.pooled() if plan.method.statistics == "volume" else statistics
+    used = used_statistics(plan, statistics)
     tasks = (SlabTask(slab, used.of(slab.read.z)) for slab in left)
-    tally = _Tally(len(slabs), len(slabs) - len(left))
+    tally = Tally(len(slabs), len(slabs) - len(left))
     yield tally.progress()
     for outcome in runner(partial(denoise_slab, plan, device), tasks):
         lease.check()
@@ -235,14 +256,39 @@ def _slabs(
         if outcome.error is None:
             yield tally.progress(outcome.result)
     tally.refuse_failures()
-    if missing := {slab.key for slab in slabs} - ledger.done().keys():
+    refuse_incomplete(plan)
+
+
+def forget_torn(plan: DenoisePlan) -> Generator[Progress, None, set[str]]:
+    """The slabs that are recorded, and stored as their records say; others' records are deleted."""
+    ledger, recorded = Ledger(plan.target.url), Ledger(plan.target.url).done()
+    for key, wrong in ledger.torn(recorded, _units(plan), stored_units(plan.target)).items():
+        ledger.forget(key)
+        del recorded[key]
+        yield Progress("denoising", 0, len(plan.slabs), note=f"slab {key}: {wrong}; it is denoised again")
+    return set(recorded)
+
+
+def refuse_incomplete(plan: DenoisePlan) -> None:
+    """Raises RunError if a slab is not recorded, or not stored as its record says."""
+    ledger, recorded = Ledger(plan.target.url), Ledger(plan.target.url).done()
+    if missing := {slab.key for slab in plan.slabs} - recorded.keys():
         raise RunError(f"{len(missing)} slabs have no record, such as {min(missing)}; {GO_ON}")
-    if torn := ledger.torn(units, stored_units(plan.target)):
+    if torn := ledger.torn(recorded, _units(plan), stored_units(plan.target)):
         raise RunError(f"{len(torn)} slabs were damaged meanwhile, such as {min(torn)}; {GO_ON}")
 
 
+def used_statistics(plan: DenoisePlan, statistics: SliceStatistics) -> SliceStatistics:
+    """What slices are normalised with: their own statistics, or the volume's."""
+    return statistics.pooled() if plan.method.statistics == "volume" else statistics
+
+
+def _units(plan: DenoisePlan) -> dict[str, set[Box]]:
+    return {slab.key: units_of(plan, slab) for slab in plan.slabs}
+
+
 @dataclass
-class _Tally:
+class Tally:
     """How many slabs are done, and which failed and why."""
 
     total: int
@@ -267,8 +313,10 @@ class _Tally:
                 f"{self.failed[key]} ({', '.join(self.in_a_row)}). Mend this; {GO_ON}"
             )
 
-    def progress(self, record: Record | None = None) -> Progress:
-        return Progress("denoising", self.before + self.finished, self.total, self.voxels, record)
+    def progress(self, record: Record | None = None, done: int | None = None) -> Progress:
+        """`done`: by others too, if they are at work."""
+        done = self.before + self.finished if done is None else done
+        return Progress("denoising", done, self.total, self.voxels, record)
 
     def facts(self) -> dict[str, Any]:
         """What nrrn status shows."""
@@ -277,10 +325,7 @@ class _Tally:
     def refuse_failures(self) -> None:
         """Raises SlabsFailedError if any failed."""
         if self.failed:
-            lines = "".join(f"\nslab {key}: {reason}" for key, reason in sorted(self.failed.items()))
-            raise SlabsFailedError(
-                f"{len(self.failed)} of {self.total} slabs failed every time. All others are done; {GO_ON}{lines}"
-            )
+            raise SlabsFailedError.of(self.failed, self.total)
 
 
 def _kind(reason: str) -> str:
@@ -293,7 +338,8 @@ def units_of(plan: DenoisePlan, slab: Slab) -> set[Box]:
     return set(boxes_of(plan.target_box(slab), plan.target.write_unit))
 
 
-def _waiting(waited: float) -> Progress:
+def waiting(waited: float) -> Progress:
+    """For another driver that may be alive, so many seconds by now."""
     return Progress("waiting for another driver's lease", int(waited), int(LEASE_S))
 
 

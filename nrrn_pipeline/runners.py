@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from typing import Any, Protocol
 
 import distributed
@@ -44,16 +45,40 @@ class Runner(Protocol):
 def run_serially(task: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Outcome]:
     """One item after the other, in this process."""
     for item in items:
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                outcome = Outcome(item, task(item))
-            except Exception as error:
-                raise_permanent(error, item)
-                outcome = Outcome(item, error=error)
-                if attempt < ATTEMPTS:
-                    continue
-            yield outcome
-            break
+        yield _outcome(task, item)
+
+
+def _outcome(task: Callable[[Any], Any], item: Any) -> Outcome:
+    for _ in range(ATTEMPTS):
+        try:
+            return Outcome(item, task(item))
+        except Exception as error:
+            raise_permanent(error, item)
+            outcome = Outcome(item, error=error)
+    return outcome
+
+
+@dataclass(frozen=True)
+class ThreadRunner:
+    """Items in threads of this process, `at_once` of them: while one computes, the next is read.
+
+    When the caller stops asking, what is in flight is finished first.
+    """
+
+    at_once: int
+
+    def __call__(self, task: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Outcome]:
+        """One outcome an item, as they finish; an item is asked for when there is a thread for it."""
+        waiting, running = iter(items), set[Future[Outcome]]()
+        with ThreadPoolExecutor(self.at_once, thread_name_prefix="slab") as pool:
+            while True:
+                for item in islice(waiting, self.at_once - len(running)):
+                    running.add(pool.submit(_outcome, task, item))
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,15 @@ class SliceStatistics:
         part = slice(z.start - self.first_z, z.stop - self.first_z)
         return SliceStatistics(z.start, self.mean[part], self.std[part])
 
+    @property
+    def z(self) -> Span:
+        """The slices."""
+        return Span(self.first_z, self.first_z + len(self.mean))
+
+    def followed_by(self, later: SliceStatistics) -> SliceStatistics:
+        """These and those of the slices right after."""
+        return SliceStatistics(self.first_z, self.mean + later.mean, self.std + later.std)
+
     def pooled(self) -> SliceStatistics:
         """One mean and std, those of all voxels, for every slice; blank slices stay marked.
 
@@ -111,6 +120,21 @@ def _moments(plane: NDArray[Any]) -> Moments:
     shift = float(values.mean())
     values -= shift
     return Moments(count, first + shift, float(np.square(values).sum()))
+
+
+def document_of(part: MeasuredBox) -> dict[str, Any]:
+    """A measured box as JSON, which keeps floats to the last bit."""
+    box, moments = part
+    return {"box": str(box), "moments": [[each.count, each.mean, each.squares] for each in moments]}
+
+
+def measured_box(document: dict[str, Any]) -> MeasuredBox:
+    """The inverse of document_of. Raises ValueError and its like for anything else."""
+    box = Box.parse(document["box"])
+    moments = tuple(Moments(int(count), float(mean), float(squares)) for count, mean, squares in document["moments"])
+    if len(moments) != len(box.z):
+        raise ValueError(f"{len(moments)} slices measured in {box}")
+    return box, moments
 
 
 def merge_boxes(parts: Iterable[MeasuredBox]) -> SliceStatistics:

@@ -22,6 +22,7 @@ from nrrn_pipeline.cli.options import (
     Overwrite,
     Prefetch,
     Roi,
+    ShardOf,
     ShardSize,
     SlabSize,
     Source,
@@ -31,6 +32,7 @@ from nrrn_pipeline.cli.options import (
     Workers,
     parse_layout,
     parse_roi,
+    parse_share,
 )
 from nrrn_pipeline.cli.terminal import Watch, by_text, duration_text, err, network_text, out, print_rows, progress_bar
 from nrrn_pipeline.cluster import make_keys
@@ -72,6 +74,7 @@ def denoise(  # one parameter an option: that is how the command line is declare
     stats: Stats = "slice",
     device: Device = "auto",
     overwrite: Overwrite = False,
+    shard_of: ShardOf = None,
     storage_options: StorageOptions = None,  # noqa: ARG001  (in force once it is parsed)
 ) -> None:
     """Denoise SRC into DST. Interrupted? Run the same command again: it goes on where it was.
@@ -89,12 +92,14 @@ def denoise(  # one parameter an option: that is how the command line is declare
         workers=workers,
         prefetch=prefetch,
         overwrite=overwrite,
+        share=parse_share(shard_of),
     )
     with progress_bar(GO_ON) as bar:
         summary = api.denoise(source, output, weights, options, Watch(bar))
     speed = summary.voxels / summary.seconds
     done = counted(summary.slabs, "slab") + (f", {summary.resumed} of them done before" if summary.resumed else "")
-    out.print(f"{summary.plan.group_url}: complete, {done}")
+    shared = f", {summary.done} by this process" if options.share else ""
+    out.print(f"{summary.plan.group_url}: complete, {done}{shared}")
     if summary.voxels:
         peak = bytes_text(summary.peak_memory_bytes)
         out.print(f"{summary.seconds:.1f} s, {speed / 1e6:.3f} million voxels/s, peak memory of a worker {peak}")
@@ -233,7 +238,7 @@ def repair(
     if summary is None:
         out.print(f"{output} is whole: nothing to repair")
     else:
-        again = counted(summary.slabs - summary.resumed, "slab")
+        again = counted(summary.done, "slab")
         out.print(f"{summary.plan.group_url}: complete, {again} denoised again")
 
 

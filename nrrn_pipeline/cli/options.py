@@ -8,6 +8,7 @@ import typer
 
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Shape
+from nrrn_pipeline.members import Share
 from nrrn_pipeline.places import using_options
 from nrrn_pipeline.planning import Layout
 
@@ -36,6 +37,13 @@ Overwrite = Annotated[
     bool,
     typer.Option(
         "--overwrite", help="Delete what is at DST first; an unfinished run with the same settings is resumed."
+    ),
+]
+ShardOf = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        help="Be one of N processes that share the work without Dask, as in a job array; I: 0 to N-1.",
     ),
 ]
 Keys = Annotated[str | None, typer.Option(help="Folder with the cluster's certificates, by nrrn cluster keys.")]
@@ -67,6 +75,11 @@ def parse_triple(name: str, text: str | None) -> Shape | None:
 def parse_layout(slab: str | None, chunk: str | None, shard: str | None, tile: int, halo: int | None) -> Layout:
     """Raises InputError for sizes that cannot be."""
     return Layout(parse_triple("slab", slab), parse_triple("chunk", chunk), parse_triple("shard", shard), tile, halo)
+
+
+def parse_share(text: str | None) -> Share | None:
+    """Raises InputError for a text that names no share."""
+    return None if text is None else Share.parse(text)
 
 
 def parse_roi(text: str | None) -> Box | None:

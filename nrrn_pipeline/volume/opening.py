@@ -48,20 +48,32 @@ def open_volume(url: str | os.PathLike[str], level: int = 0) -> Volume:
 
 
 def create_volume(volume: Volume, provenance: dict[str, Any]) -> None:
-    """Create the OME-Zarr 0.5 group and the array that `volume` describes; no voxels yet. What exists stays as it is.
+    """Create the OME-Zarr 0.5 group and the array that `volume` describes; no voxels yet.
 
-    Raises InputError if what exists is not what `volume` describes.
+    What exists stays as it is, but an array of fewer slices grows. Raises InputError if what exists is something else.
     """
     group_url = volume.group_url
     level = ome.Level(volume.level_path, volume.axes, volume.voxel_size, volume.origin, volume.in_nm)
     if _group(group_url) is None:
         attributes = {"ome": ome.image_attributes(name_of(group_url), level), "nrrn": provenance}
-        _write_group(group_url, {"zarr_format": 3, "node_type": "group", "attributes": attributes})
+        group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+        storage.write_new_file(f"{group_url}/zarr.json", _group_bytes(group))  # others may do the same just now
     wanted = new_metadata(volume)
     if not storage.write_new_file(f"{volume.url}/zarr.json", wanted.encode()):
-        found = _read_json(f"{volume.url}/zarr.json")
+        found, z = _read_json(f"{volume.url}/zarr.json"), volume.lead_axes
         if found != json.loads(wanted):
-            raise InputError(f"{volume.url}/zarr.json was changed since it was begun: start again with --overwrite")
+            if _with_slices(found, z, volume.shape[0]) != json.loads(wanted):
+                raise InputError(f"{volume.url}/zarr.json was changed since it was begun: start again with --overwrite")
+            storage.write_file(f"{volume.url}/zarr.json", wanted.encode())
+
+
+def _with_slices(array: Node | None, z: int, slices: int) -> Node | None:
+    """An array's metadata, grown along its axis `z`."""
+    shape = list((array or {}).get("shape") or ())
+    if array is None or len(shape) <= z or not isinstance(shape[z], int) or shape[z] > slices:
+        return None
+    shape[z] = slices
+    return array | {"shape": shape}
 
 
 def set_provenance(group_url: str, provenance: dict[str, Any]) -> None:
@@ -92,7 +104,11 @@ def _group(url: str) -> Node | None:
 
 
 def _write_group(url: str, node: Node) -> None:
-    storage.write_file(f"{url}/zarr.json", json.dumps(node, indent=2).encode())
+    storage.write_file(f"{url}/zarr.json", _group_bytes(node))
+
+
+def _group_bytes(node: Node) -> bytes:
+    return json.dumps(node, indent=2).encode()
 
 
 def _open_node(url: str) -> Node:

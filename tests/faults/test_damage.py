@@ -37,8 +37,8 @@ Damage = Callable[[Path, Path], None]
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DenoisePlan:
     """Of noise and a network that leaves it as it is: whole shards are of one size, as nothing compresses."""
     monkeypatch.setattr(slab, "load_network", lambda *_: lambda stack: stack[1:-1])
-    monkeypatch.setattr("nrrn_pipeline.lease.LEASE_S", 0.2)
-    monkeypatch.setattr("nrrn_pipeline.lease.LOOK_S", 0.05)
+    monkeypatch.setattr("nrrn_pipeline.presence.LEASE_S", 0.2)
+    monkeypatch.setattr("nrrn_pipeline.presence.LOOK_S", 0.05)
     noise = np.random.default_rng(0).integers(0, 256, (12, 64, 60), dtype=np.uint8)
     weights = api.describe_weights(tiny_weights(tmp_path / "w.safetensors"))
     source = open_volume(bare_zarr(tmp_path / "in.zarr", noise))

@@ -14,7 +14,7 @@ import pytest
 import zarr
 from distributed import Client, LocalCluster
 
-from nrrn_pipeline import InputError, Layout, Options, RunError, StorageError, api, denoise, lease, storage, verify
+from nrrn_pipeline import InputError, Layout, Options, RunError, StorageError, api, denoise, presence, storage, verify
 from nrrn_pipeline.geometry import boxes_of
 from nrrn_pipeline.lease import Lease
 from nrrn_pipeline.ledger import Ledger
@@ -150,13 +150,12 @@ def test_a_record_that_a_power_failure_emptied_is_none(plan: DenoisePlan) -> Non
 
 def test_a_cluster_without_workers_ends_the_run_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nrrn_pipeline.runners.POLL_S", 0.2)
-    monkeypatch.setattr("nrrn_pipeline.runners.PATIENCE_S", 0.6)
     with (
         LocalCluster(n_workers=0, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as client,
         pytest.raises(RunError, match="the cluster has had no worker for 1 s: start some"),
     ):
-        list(DaskRunner(client)(abs, [1, 2]))
+        list(DaskRunner(client, patience_s=0.6)(abs, [1, 2]))
 
 
 def test_a_path_that_the_terminal_cannot_show_ends_no_run(
@@ -175,7 +174,7 @@ def test_a_driver_killed_before_it_began_or_when_all_was_deleted_blocks_nobody(
     plan: DenoisePlan, overwrite: bool
 ) -> None:
     list(Lease(Ledger(plan.target.url).url).take())  # and no more: it is never released
-    lease._held.clear()  # as in another process
+    presence._held.clear()  # as in another process
     assert slabs_done_by(plan, overwrite) == len(plan.slabs)
     assert verify(plan.group_url, deep=True) == []
 

@@ -20,10 +20,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nrrn_pipeline import lease as lease_module
+from nrrn_pipeline import presence as presence_module
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import InputError, RunError
-from nrrn_pipeline.lease import Lease, last_driver, process_is_gone, wait_for_end
+from nrrn_pipeline.lease import Lease, last_driver, wait_for_end
+from nrrn_pipeline.presence import process_is_gone
 from tests.servers import ObjectStore
 
 LEASE_S = 1.0
@@ -38,9 +39,9 @@ JSON = st.recursive(
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease_module, "RENEW_S", 0.05)
-    monkeypatch.setattr(lease_module, "LEASE_S", LEASE_S)
-    monkeypatch.setattr(lease_module, "LOOK_S", 0.02)
+    monkeypatch.setattr(presence_module, "RENEW_S", 0.05)
+    monkeypatch.setattr(presence_module, "LEASE_S", LEASE_S)
+    monkeypatch.setattr(presence_module, "LOOK_S", 0.02)
 
 
 @contextmanager
@@ -106,7 +107,7 @@ def test_facts_go_out_with_the_renewals(place: str) -> None:
 
 
 def test_a_second_is_refused_as_soon_as_the_first_renews(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease_module, "LEASE_S", 600.0)
+    monkeypatch.setattr(presence_module, "LEASE_S", 600.0)
     with held(place) as lease, pytest.raises(InputError, match=f"another nrrn denoise is at work.*{os.getpid()}"):
         list(Lease(place).take())
     lease.check()
@@ -114,7 +115,7 @@ def test_a_second_is_refused_as_soon_as_the_first_renews(place: str, monkeypatch
 
 
 def test_looking_alone_refuses_too(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease_module, "LEASE_S", 600.0)
+    monkeypatch.setattr(presence_module, "LEASE_S", 600.0)
     assert list(wait_for_end(place)) == []
     with held(place), pytest.raises(InputError, match="another nrrn denoise is at work"):
         list(wait_for_end(place))
@@ -154,7 +155,7 @@ def test_a_lease_that_was_refused_releases_nothing(place: str) -> None:
 def test_a_driver_whose_process_was_killed_here_is_replaced_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease_module, "LEASE_S", 600.0)
+    monkeypatch.setattr(presence_module, "LEASE_S", 600.0)
     code = (
         "import sys, time; from nrrn_pipeline.lease import Lease; "
         "list(Lease(sys.argv[1]).take()); print(1, flush=True); time.sleep(600)"
@@ -178,7 +179,7 @@ def test_a_driver_whose_process_was_killed_here_is_replaced_at_once(
 def test_a_number_that_went_to_another_process_does_not_keep_a_dead_driver_alive(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease_module, "LEASE_S", 600.0)
+    monkeypatch.setattr(presence_module, "LEASE_S", 600.0)
     with held(place):
         living = last_driver(place) or {}
     put_driver(place, 2, **living | {"state": "running", "began": living["began"] - 1})
@@ -247,16 +248,16 @@ def of_many_takers_those_who_won(url: str) -> list[str]:
     leases = [Lease(url) for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
         winners = [lease for lease, won in zip(leases, pool.map(take, leases), strict=True) if won]
-    time.sleep(4 * lease_module.RENEW_S)  # whoever was overtaken notices
+    time.sleep(4 * presence_module.RENEW_S)  # whoever was overtaken notices
     for lease in winners:
         lease.release("complete")
-    assert [lease.lost for lease in winners] == [""]
+    assert [lease.presence.lost for lease in winners] == [""]
     return [lease.owner for lease in winners]
 
 
 @pytest.mark.parametrize("before", [None, "complete", "running"])
 def test_of_several_takers_at_a_time_one_wins(place: str, before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease_module, "LEASE_S", 3 * LEASE_S)  # however late a renewal comes on a busy machine
+    monkeypatch.setattr(presence_module, "LEASE_S", 3 * LEASE_S)  # however late a renewal comes on a busy machine
     if before:
         put_driver(place, state=before)
     (winner,) = of_many_takers_those_who_won(place)
@@ -300,13 +301,13 @@ def test_clocks_set_back_or_forward_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shift: float
 ) -> None:
     now, url = time.time, str(tmp_path)
-    monkeypatch.setattr(lease_module, "LEASE_S", 600.0)
+    monkeypatch.setattr(presence_module, "LEASE_S", 600.0)
     with held(url) as lease:
         monkeypatch.setattr(time, "time", lambda: now() + shift)
         with pytest.raises(InputError, match="another nrrn denoise is at work"):
             list(Lease(url).take())
         lease.check()
-    monkeypatch.setattr(lease_module, "LEASE_S", LEASE_S)
+    monkeypatch.setattr(presence_module, "LEASE_S", LEASE_S)
     put_driver(url, 5, renewed=now())
     assert seconds_to_take(url) >= LEASE_S
 
@@ -328,7 +329,7 @@ def test_old_numbers_are_removed_and_other_files_let_be(place: str) -> None:
 
 
 def test_waiting_ends_when_the_driver_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease_module, "LEASE_S", 600.0)
+    monkeypatch.setattr(presence_module, "LEASE_S", 600.0)
     put_driver(str(tmp_path))
     for waited in wait_for_end(str(tmp_path)):
         assert waited < SOON_S
@@ -338,7 +339,7 @@ def test_waiting_ends_when_the_driver_ends(tmp_path: Path, monkeypatch: pytest.M
 @given(content=st.binary() | JSON.map(lambda value: json.dumps(value).encode()) | st.just(b"[" * 100_000))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_drivers_file_does_more_than_refuse(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
-    monkeypatch.setattr(lease_module, "LEASE_S", 0.0)
+    monkeypatch.setattr(presence_module, "LEASE_S", 0.0)
     url = f"memory://drivers/{uuid.uuid4().hex}"
     storage.write_file(f"{url}/drivers/0000001.json", content)
     assert last_driver(url) is None
@@ -353,10 +354,10 @@ def test_no_drivers_file_does_more_than_refuse(monkeypatch: pytest.MonkeyPatch, 
 def test_nothing_that_a_driver_says_does_more_than_refuse(
     monkeypatch: pytest.MonkeyPatch, document: dict[str, Any], here: bool
 ) -> None:
-    monkeypatch.setattr(lease_module, "LEASE_S", 0.0)
+    monkeypatch.setattr(presence_module, "LEASE_S", 0.0)
     url = f"memory://drivers/{uuid.uuid4().hex}"
     if here:
-        document["machine"] = lease_module._machine()
+        document["machine"] = presence_module._machine()
     storage.write_document(f"{url}/drivers/0000001.json", document)
     assert isinstance(last_driver(url), dict)
     assert list(wait_for_end(url)) == []
@@ -365,7 +366,7 @@ def test_nothing_that_a_driver_says_does_more_than_refuse(
 @given(name=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\0"), min_size=1))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
 def test_no_name_among_the_drivers_does_harm(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(lease_module, "LEASE_S", 0.0)
+    monkeypatch.setattr(presence_module, "LEASE_S", 0.0)
     url = f"memory://drivers/{uuid.uuid4().hex}"
     storage.write_file(f"{url}/drivers/{name}", b"x")
     with held(url) as lease:

@@ -10,14 +10,15 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nrrn_pipeline import lease as lease_module
+from nrrn_pipeline import presence as presence_module
 from nrrn_pipeline import storage
 from nrrn_pipeline.api import Status, status
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.lease import LEASE_S, Lease
+from nrrn_pipeline.lease import Lease
 from nrrn_pipeline.ledger import Ledger, Record
 from nrrn_pipeline.places import files_of
 from nrrn_pipeline.planning import DenoisePlan, Layout, Weights, plan_denoise
+from nrrn_pipeline.presence import LEASE_S
 from nrrn_pipeline.volume import Volume
 
 WORK = {"slabs": 2, "voxels": 4000, "seconds": 8.0}
@@ -120,7 +121,7 @@ def test_a_run_that_stopped_says_how(output: str, state: str, said: str) -> None
 
 def test_a_run_that_was_killed_here_says_so(output: str) -> None:
     _, ledger = begun(output, done=3)
-    put_driver(ledger, machine=lease_module._machine(), pid=1, began=-1, host="here")
+    put_driver(ledger, machine=presence_module._machine(), pid=1, began=-1, host="here")
     assert status(output).state == "stopped: process 1 on here was killed"
 
 

@@ -1,0 +1,158 @@
+"""Carrying out a plan together with other processes, without a scheduler: each its share, then what others left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from functools import partial
+
+from nrrn_pipeline import presence
+from nrrn_pipeline.errors import GO_ON, InputError, RunError, SlabsFailedError
+from nrrn_pipeline.ledger import Ledger
+from nrrn_pipeline.members import Member, Share
+from nrrn_pipeline.planning import DenoisePlan, slab_key
+from nrrn_pipeline.retrying import reason_of
+from nrrn_pipeline.run import (
+    Progress,
+    Tally,
+    check_output,
+    create_output,
+    finish_output,
+    forget_torn,
+    measured,
+    refuse_changed_source,
+    refuse_incomplete,
+    used_statistics,
+    waiting,
+)
+from nrrn_pipeline.runners import Runner, raise_permanent
+from nrrn_pipeline.slab import SlabTask, denoise_slab
+from nrrn_pipeline.statistics import SliceStatistics, measure_box, merge_boxes, statistics_boxes
+
+MERGING = "statistics"  # the claim of who merges what all have measured
+
+
+def run_share(plan: DenoisePlan, share: Share, runner: Runner, device: str = "auto") -> Iterator[Progress]:
+    """Do a share of the plan, and what other processes leave, until all is done; yields this process's progress.
+
+    Raises InputError if the output exists and was made otherwise, or a driver is at work on it; nothing is written
+    then. Raises SlabsFailedError if slabs failed wherever they were tried, RunError if storage refuses, the source
+    holds NaN, or one slab after the other fails here for one reason: what is done is kept.
+    """
+    check_output(plan)
+    ledger = Ledger(plan.target.url)
+    member = Member(ledger.url, share)
+    try:
+        for waited in member.join():
+            yield waiting(waited)
+        ledger.begin(plan)
+        try:
+            statistics = yield from _statistics(plan, runner, member)
+            create_output(plan)
+            yield from _slabs(plan, statistics, runner, device, member)
+        except InputError as error:  # the output is begun by now
+            raise RunError(f"{error}. Mend this; {GO_ON}") from error
+        finish_output(plan)
+        ledger.forget_measured()
+    except OSError as error:
+        raise_permanent(error, f"the output {plan.group_url}")
+        raise RunError(f"the output {plan.group_url}: {reason_of(error)}; {GO_ON}") from error
+    finally:
+        member.leave()
+
+
+def _statistics(plan: DenoisePlan, runner: Runner, member: Member) -> Generator[Progress, None, SliceStatistics]:
+    """All slices' mean and std, of which this process measures a part; another may merge them."""
+    ledger = Ledger(plan.target.url)
+    if (kept := ledger.statistics()) is not None:
+        refuse_changed_source(plan, kept)
+    boxes = {slab_key(box): box for box in statistics_boxes(plan.source, plan.statistics_z)}
+    names = {f"{MERGING}-{key}": key for key in boxes}
+    pauses = _Pauses()
+    while kept is None:
+        done = ledger.measured()
+        yield Progress("statistics", len(done & boxes.keys()), len(boxes))
+        left = {name for name, key in names.items() if key not in done}
+        if left:
+            worked = False
+            claimed = (boxes[names[name]] for name in member.claimed(list(names), left))
+            for outcome in runner(partial(measure_box, plan.source), claimed):
+                ledger.put_measured(measured(plan.source, outcome))
+                member.drop(f"{MERGING}-{slab_key(outcome.item)}")
+                worked = True
+            pauses.after(worked)
+        elif member.claim(MERGING):
+            _merge(ledger)
+            member.drop(MERGING)
+        else:
+            pauses.after(False)
+        kept = ledger.statistics()
+    return kept
+
+
+def _merge(ledger: Ledger) -> None:
+    try:
+        parts = ledger.all_measured()
+    except ValueError:
+        return  # what was damaged is deleted, and measured again
+    ledger.put_statistics(merge_boxes(parts))
+
+
+def _slabs(
+    plan: DenoisePlan, statistics: SliceStatistics, runner: Runner, device: str, member: Member
+) -> Iterator[Progress]:
+    """Denoise what is claimed, until every slab is recorded, or has failed since this process began."""
+    ledger, used = Ledger(plan.target.url), used_statistics(plan, statistics)
+    slabs = {slab.key: slab for slab in plan.slabs}
+    done = yield from forget_torn(plan)
+    failed_before = {key: ledger.failure(key) for key in ledger.failed()}
+    tally = Tally(len(slabs), len(done))
+    yield tally.progress()
+
+    def tasks(left: set[str]) -> Iterator[SlabTask]:
+        for key in member.claimed(list(slabs), left):
+            if ledger.is_done(key):  # by who had claimed it
+                member.drop(key)
+            else:
+                yield SlabTask(slabs[key], used.of(slabs[key].read.z))
+
+    pauses = _Pauses()
+    while left := slabs.keys() - done - (failed := _failed_since(ledger, done, failed_before)):
+        worked = False
+        for outcome in runner(partial(denoise_slab, plan, device), tasks(left)):
+            member.check()
+            worked, key = True, outcome.item.slab.key
+            if outcome.error is not None:
+                ledger.put_failure(key, reason_of(outcome.error), by=member.presence.owner)
+            elif key in failed_before:
+                ledger.clear_failure(key)
+            member.drop(key)
+            tally.add(key, outcome)
+            member.facts.update(tally.facts())
+            yield tally.progress(outcome.result)
+        pauses.after(worked)
+        done = set(ledger.done())
+        yield tally.progress(done=len(done))
+    if failed:
+        raise SlabsFailedError.of({key: ledger.failure(key)[0] for key in failed}, len(slabs))
+    refuse_incomplete(plan)
+
+
+class _Pauses:
+    """Between looks at what others do while all that is left is in their hands; should one die, it is ours."""
+
+    def __init__(self) -> None:
+        self.next_s = 0.0
+
+    def after(self, worked: bool) -> None:
+        """No pause while there is work, else each as long again as the last, but no longer than signs of life take."""
+        if worked:
+            self.next_s = 0.0
+            return
+        self.next_s = min(2 * self.next_s, presence.RENEW_S) or presence.LOOK_S
+        time.sleep(self.next_s)
+
+
+def _failed_since(ledger: Ledger, done: set[str], before: dict[str, tuple[str, str]]) -> set[str]:
+    """Slabs that some process has set aside since this one began."""
+    return {key for key in ledger.failed() - done if ledger.failure(key) != before.get(key)}
