@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -14,7 +14,15 @@ from typing import Any
 from nrrn_pipeline import storage
 from nrrn_pipeline.checking import Status, check, status
 from nrrn_pipeline.cluster import AddressSettings, ClusterSettings, LocalSettings, load_settings, started
-from nrrn_pipeline.cost import Cost, cost_of, counted, default_workers, refuse_what_cannot_fit, seconds_to_run
+from nrrn_pipeline.cost import (
+    Cost,
+    cost_of,
+    counted,
+    default_workers,
+    refuse_what_cannot_fit,
+    seconds_to_run,
+    worker_bytes,
+)
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Shape
 from nrrn_pipeline.lease import wait_for_end
@@ -178,11 +186,11 @@ def plan(
     InputError where denoise would.
     """
     options = options or Options()
-    made = _plan(source, output, weights, options)
+    made = make_plan(source, output, weights, options)
     if weights is None and not options.overwrite and Ledger(made.target.url).begun():
         raise InputError(f"{made.group_url} is begun: give its --weights, to plan what is left of it")
     check_output(made, options.overwrite)
-    workers = _workers(made, options)
+    workers = _workers([made], options)
     paper = weights is None
     network = NRRN(PAPER.units, PAPER.channels).eval() if paper else _load(made.weights)
     device = options.device if options.here else "auto"
@@ -204,25 +212,35 @@ def denoise(
     done is kept.
     """
     options = options or Options()
-    return _carried_out(_plan(source, output, weights, options), options, watch or RunWatch())
+    return _carried_out(make_plan(source, output, weights, options), options, watch or RunWatch())
 
 
 def _carried_out(made: DenoisePlan, options: Options, watch: RunWatch, again: frozenset[str] = frozenset()) -> Summary:
-    check_output(made, options.overwrite)  # before workers start; run_plan may be called without us
-    started, resumed, done, voxels, peak = perf_counter(), None, 0, 0, 0
-    with _runner(made, options) as (runner, where):
+    check_output(made, options.overwrite)  # before workers start
+    with open_runner([made], options) as (runner, where):
         watch.started(made, where)
-        if options.share is None:
-            run = run_plan(made, runner, options.device, options.overwrite, again)
-        else:
-            run = run_share(made, options.share, runner, options.device)
-        for progress in run:
-            watch.progressed(progress)
-            if progress.stage == "denoising":
-                voxels = progress.voxels
-                resumed = progress.done if resumed is None else resumed
-                if progress.record is not None:
-                    done, peak = done + 1, max(peak, progress.record.peak_memory_bytes)
+        return carry_out(made, options, runner, watch, again)
+
+
+def carry_out(
+    made: DenoisePlan, options: Options, runner: Runner, watch: RunWatch, again: frozenset[str] = frozenset()
+) -> Summary:
+    """Denoise by a plan on a runner that is open already; `again`: slabs to do though they are done.
+
+    Raises what denoise raises.
+    """
+    started, resumed, done, voxels, peak = perf_counter(), None, 0, 0, 0
+    if options.share is None:
+        run = run_plan(made, runner, options.device, options.overwrite, again)
+    else:
+        run = run_share(made, options.share, runner, options.device)
+    for progress in run:
+        watch.progressed(progress)
+        if progress.stage == "denoising":
+            voxels = progress.voxels
+            resumed = progress.done if resumed is None else resumed
+            if progress.record is not None:
+                done, peak = done + 1, max(peak, progress.record.peak_memory_bytes)
     return Summary(made, len(made.slabs), resumed or 0, done, voxels, perf_counter() - started, peak)
 
 
@@ -267,7 +285,7 @@ def repair(
         raise InputError(f"{output} cannot be repaired: its settings are damaged ({error})") from error
     again = replace(options or Options(), level=level, roi=roi, layout=layout, method=method, overwrite=False)
     keys = frozenset(checked.slab for checked in found if checked.slab)
-    made = replace(_plan(source, volume.group_url, used, again), growing=ledger.growing())
+    made = replace(make_plan(source, volume.group_url, used, again), growing=ledger.growing())
     return problems, _carried_out(made, again, watch or RunWatch(), keys)
 
 
@@ -368,7 +386,8 @@ def _refuse_unwritable(weights: Location) -> None:
         raise InputError(f"{weights} cannot be written: {error.strerror or error}; choose another file") from error
 
 
-def _plan(source: Location, output: Location, weights: Location | None, options: Options) -> DenoisePlan:
+def make_plan(source: Location, output: Location, weights: Location | None, options: Options) -> DenoisePlan:
+    """The plan of what denoise would do with the same arguments. Raises InputError where it would."""
     if options.here:
         choose_device(options.device)
     volume = open_volume(source, options.level)
@@ -376,23 +395,27 @@ def _plan(source: Location, output: Location, weights: Location | None, options:
     return plan_denoise(volume, absolute(output), described, options.layout, options.roi, options.method)
 
 
-def _workers(made: DenoisePlan, options: Options) -> int:
+def _workers(plans: Sequence[DenoisePlan], options: Options) -> int:
     """Local workers that the options ask for. Raises InputError if this machine is asked for more than it can hold."""
+    largest = max(plans, key=lambda made: worker_bytes(made, options.slabs_each))
     settings = options.cluster_settings
     workers = settings.workers if isinstance(settings, LocalSettings) else 1 if settings is None else None
     if workers is None:
         on_gpu = options.here and choose_device(options.device).type == "cuda"
-        workers = default_workers(made, on_gpu, options.slabs_each)
+        workers = min(default_workers(largest, on_gpu, options.slabs_each), max(len(made.slabs) for made in plans))
     if options.here:
-        refuse_what_cannot_fit(made, workers, options.slabs_each)
+        refuse_what_cannot_fit(largest, workers, options.slabs_each)
     return workers
 
 
 @contextmanager
-def _runner(made: DenoisePlan, options: Options) -> Iterator[tuple[Runner, str]]:
-    """The runner that the options ask for, and where it runs, in words."""
+def open_runner(plans: Sequence[DenoisePlan], options: Options) -> Iterator[tuple[Runner, str]]:
+    """The runner that the options ask for, and where it runs, in words; good for each of the plans in turn.
+
+    Raises InputError if this machine cannot hold it, or the cluster cannot be had.
+    """
     settings = options.cluster_settings
-    workers = _workers(made, options) if options.here else None
+    workers = _workers(plans, options) if options.here else None
     if settings is None:
         shared = f", share {options.share}" if options.share else ""
         yield ThreadRunner(options.slabs_each) if shared else run_serially, f"this process{shared}"

@@ -101,11 +101,14 @@ def worker_bytes(plan: DenoisePlan, at_once: int = 1) -> int:
 
 
 def default_workers(plan: DenoisePlan, on_gpu: bool, at_once: int) -> int:
-    """As many local workers as cores and memory carry; one on a GPU."""
+    """As many local workers as cores and memory carry; one on a GPU.
+
+    There may be fewer slabs than that.
+    """
     if on_gpu:
         return 1
     fitting = int(0.8 * free_memory_bytes()) // worker_bytes(plan, at_once)
-    return max(1, min(cores(), fitting, len(plan.slabs)))
+    return max(1, min(cores(), fitting))
 
 
 def refuse_what_cannot_fit(plan: DenoisePlan, workers: int, at_once: int) -> None:
