@@ -47,7 +47,7 @@ from nrrn_pipeline.sharing import run_share
 from nrrn_pipeline.slab import read_weights
 from nrrn_pipeline.training.fit import OnStep, TrainSettings, fit
 from nrrn_pipeline.training.triplets import triplets
-from nrrn_pipeline.volume import get_provenance, open_volume
+from nrrn_pipeline.volume import Volume, get_provenance, open_volume
 
 __all__ = [
     "Forecast",
@@ -176,6 +176,9 @@ class RunWatch:
     def progressed(self, progress: Progress) -> None:
         """One more piece is done."""
 
+    def looked(self, there: int, done: int) -> None:
+        """A volume that is followed has so many slices by now, of which so many are denoised."""
+
 
 def plan(
     source: Location, output: Location, weights: Location | None = None, options: Options | None = None
@@ -212,10 +215,14 @@ def denoise(
     done is kept.
     """
     options = options or Options()
-    return _carried_out(make_plan(source, output, weights, options), options, watch or RunWatch())
+    return run_planned(make_plan(source, output, weights, options), options, watch or RunWatch())
 
 
-def _carried_out(made: DenoisePlan, options: Options, watch: RunWatch, again: frozenset[str] = frozenset()) -> Summary:
+def run_planned(made: DenoisePlan, options: Options, watch: RunWatch, again: frozenset[str] = frozenset()) -> Summary:
+    """Denoise by a plan, on a runner for it alone; `again`: slabs to do though they are done.
+
+    Raises what denoise raises.
+    """
     check_output(made, options.overwrite)  # before workers start
     with open_runner([made], options) as (runner, where):
         watch.started(made, where)
@@ -286,7 +293,7 @@ def repair(
     again = replace(options or Options(), level=level, roi=roi, layout=layout, method=method, overwrite=False)
     keys = frozenset(checked.slab for checked in found if checked.slab)
     made = replace(make_plan(source, volume.group_url, used, again), growing=ledger.growing())
-    return problems, _carried_out(made, again, watch or RunWatch(), keys)
+    return problems, run_planned(made, again, watch or RunWatch(), keys)
 
 
 def train(
@@ -391,8 +398,17 @@ def make_plan(source: Location, output: Location, weights: Location | None, opti
     if options.here:
         choose_device(options.device)
     volume = open_volume(source, options.level)
-    described = describe_weights(weights)
-    return plan_denoise(volume, absolute(output), described, options.layout, options.roi, options.method)
+    return plan_for(volume, output, weights, options)
+
+
+def plan_for(volume: Volume, output: Location, weights: Location | None, options: Options) -> DenoisePlan:
+    """The plan of what denoise would do with a volume. Raises InputError where it would."""
+    layout, url = options.layout, absolute(output)
+    begun = Ledger(f"{url}/0")
+    if begun.growing() and (settings := begun.settings()):  # as it was cut when it was not whole yet
+        slab, chunk, shard = (_shape(settings[name]) for name in ("slab", "chunk", "shard"))
+        layout = replace(layout, slab=layout.slab or slab, chunk=layout.chunk or chunk, shard=layout.shard or shard)
+    return plan_denoise(volume, url, describe_weights(weights), layout, options.roi, options.method)
 
 
 def _workers(plans: Sequence[DenoisePlan], options: Options) -> int:

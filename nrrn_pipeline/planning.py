@@ -17,7 +17,7 @@ from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Cut, Shape, Span, boxes_of, tiles_of
 from nrrn_pipeline.network import reach_of
 from nrrn_pipeline.places import absolute
-from nrrn_pipeline.volume import Volume, refuse_unwritable
+from nrrn_pipeline.volume import MAX_AXIS, Volume, refuse_unwritable
 
 ALGORITHM = 1  # raised whenever the same settings would give other voxels than before
 
@@ -58,13 +58,17 @@ class Method:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the work is cut and the output stored, in voxels; None takes the default."""
+    """How the work is cut and the output stored, in voxels; None takes the default.
+
+    growing: for a source that will have more slices, so that its depth of today decides nothing.
+    """
 
     slab: Shape | None = None
     chunk: Shape | None = None
     shard: Shape | None = None
     tile: int = 256
     halo: int | None = None
+    growing: bool = False
 
     def __post_init__(self) -> None:
         """Raises InputError for sizes below 1."""
@@ -205,7 +209,7 @@ def plan_denoise(
         raise InputError(
             f"tile {layout.tile} keeps nothing beside a halo of {halo} on each side: use a tile of more than {2 * halo}"
         )
-    return DenoisePlan(source, target, box, weights, slab, layout.tile, halo, method)
+    return DenoisePlan(source, target, box, weights, slab, layout.tile, halo, method, layout.growing)
 
 
 def _target_volume(source: Volume, group_url: str, box: Box, layout: Layout) -> Volume:
@@ -213,8 +217,9 @@ def _target_volume(source: Volume, group_url: str, box: Box, layout: Layout) -> 
 
     Raises InputError if the shard is not made of whole chunks.
     """
-    chunk = layout.chunk or _fitted(CHUNK, box.shape, (1, 1, 1))
-    shard = layout.shard or _fitted(SHARD, box.shape, chunk)
+    extent = (MAX_AXIS, *box.shape[1:]) if layout.growing else box.shape
+    chunk = layout.chunk or _fitted(CHUNK, extent, (1, 1, 1))
+    shard = layout.shard or _fitted(SHARD, extent, chunk)
     for size, unit, axis in zip(shard, chunk, "zyx", strict=True):
         if size % unit:
             near = _nearest_multiple(size, unit)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import TextIOWrapper
+from typing import NoReturn
 
 from nrrn_pipeline.cli.commands import app
+from nrrn_pipeline.cli.submit import submit_app
 from nrrn_pipeline.cli.terminal import err
 from nrrn_pipeline.errors import NrrnError
 
 __all__ = ["app", "main"]
+
+app.add_typer(submit_app, name="submit")
+
+INTERRUPTED, TERMINATED = (128 + number for number in (signal.SIGINT, signal.SIGTERM))  # what a shell calls them
 
 
 def main() -> None:
@@ -18,10 +27,33 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path that the terminal cannot show ends no run
     try:
-        app()
+        with _sigterm_like_ctrl_c():
+            app()
     except NrrnError as error:
         err.print(f"nrrn: {error}")
         sys.exit(error.exit_status)
     except OSError as error:
         err.print(f"nrrn: {error}")
         sys.exit(1)
+
+
+@contextmanager
+def _sigterm_like_ctrl_c() -> Iterator[None]:
+    """Within the block SIGTERM, by which batch systems end a job, leaves all as Ctrl-C does; the exit status tells."""
+    received = []
+
+    def interrupt(number: int, _: object) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)  # batch systems send it again, which would break off the cleaning up
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except SystemExit as end:
+        if received and end.code == INTERRUPTED:
+            raise SystemExit(TERMINATED) from None
+        raise
+    finally:
+        if not received:
+            signal.signal(signal.SIGTERM, before)

@@ -8,12 +8,14 @@ from typing import Annotated
 
 import typer
 
-from nrrn_pipeline import api
+from nrrn_pipeline import api, following
 from nrrn_pipeline.checking import check
 from nrrn_pipeline.cli.options import (
     ChunkSize,
     Cluster,
     Device,
+    Every,
+    Follow,
     Halo,
     Images,
     Keys,
@@ -22,6 +24,7 @@ from nrrn_pipeline.cli.options import (
     Overwrite,
     Prefetch,
     Roi,
+    Settle,
     ShardOf,
     ShardSize,
     SlabSize,
@@ -75,6 +78,9 @@ def denoise(  # one parameter an option: that is how the command line is declare
     device: Device = "auto",
     overwrite: Overwrite = False,
     shard_of: ShardOf = None,
+    follow: Follow = False,
+    every: Every = 60.0,
+    settle: Settle = 60.0,
     storage_options: StorageOptions = None,  # noqa: ARG001  (in force once it is parsed)
 ) -> None:
     """Denoise SRC into DST. Interrupted? Run the same command again: it goes on where it was.
@@ -95,11 +101,18 @@ def denoise(  # one parameter an option: that is how the command line is declare
         share=parse_share(shard_of),
     )
     with progress_bar(GO_ON) as bar:
-        summary = api.denoise(source, output, weights, options, Watch(bar))
+        if follow:
+            summary = following.follow(source, output, weights, options, following.Following(every, settle), Watch(bar))
+        else:
+            summary = api.denoise(source, output, weights, options, Watch(bar))
+    if summary is None:
+        out.print(f"{output}: no slab of {source} is whole yet")
+        return
     speed = summary.voxels / summary.seconds
     done = counted(summary.slabs, "slab") + (f", {summary.resumed} of them done before" if summary.resumed else "")
+    state = "growing" if summary.plan.growing else "complete"
     shared = f", {summary.done} by this process" if options.share else ""
-    out.print(f"{summary.plan.group_url}: complete, {done}{shared}")
+    out.print(f"{summary.plan.group_url}: {state}, {done}{shared}")
     if summary.voxels:
         peak = bytes_text(summary.peak_memory_bytes)
         out.print(f"{summary.seconds:.1f} s, {speed / 1e6:.3f} million voxels/s, peak memory of a worker {peak}")

@@ -46,6 +46,13 @@ ShardOf = Annotated[
         help="Be one of N processes that share the work without Dask, as in a job array; I: 0 to N-1.",
     ),
 ]
+Follow = Annotated[
+    bool, typer.Option("--follow", help="SRC still grows along z: denoise what there is, and more as it comes.")
+]
+Every = Annotated[
+    float, typer.Option(metavar="S", help="With --follow: look every S seconds; 0: once, as a job each night does.")
+]
+Settle = Annotated[float, typer.Option(metavar="S", help="With --follow: slices count when there for S seconds.")]
 Keys = Annotated[str | None, typer.Option(help="Folder with the cluster's certificates, by nrrn cluster keys.")]
 Prefetch = Annotated[bool, typer.Option(help="Read the next slab, and write the last, while one computes.")]
 StorageOptions = Annotated[

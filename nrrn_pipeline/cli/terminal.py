@@ -42,6 +42,10 @@ class Watch(api.RunWatch):
         speed = f"{progress.voxels / elapsed / 1e6:.3f} million voxels/s" if progress.voxels and elapsed else ""
         self.bar.update(task, completed=progress.done, speed=speed)
 
+    def looked(self, there: int, done: int) -> None:
+        """Say how far a volume that is followed has come."""
+        err.print(f"{counted(there, 'slice')} there, {done} denoised")
+
 
 @contextmanager
 def progress_bar(when_interrupted: str) -> Iterator[Progress]:

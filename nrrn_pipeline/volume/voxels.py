@@ -105,6 +105,20 @@ def stored_units(volume: Volume) -> dict[Box, int]:
     return found
 
 
+def written_slices(volume: Volume) -> int:
+    """Slices before the last layer of write units that storage lists, which a writer may be at work on; a listing.
+
+    Blank chunks may be absent, so a layer counts as written when there is anything of a later one.
+    """
+    place = object_key(volume, volume.box).split("/")
+    if len(place) >= 3:  # each layer is a folder
+        layers = storage.list_folders("/".join([volume.url, *place[:-3]]))
+    else:  # keys such as c.0.0.0
+        layers = [".".join(name.split(".")[-3:-2]) for name in storage.list_sizes(volume.url)]
+    numbers = [int(layer) for layer in layers if layer.isdecimal()]
+    return min(max(numbers, default=0) * volume.write_unit[0], volume.shape[0])
+
+
 def to_xarray(volume: Volume) -> xarray.DataArray:
     """See Volume.to_xarray."""
     import dask.array

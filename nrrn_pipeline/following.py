@@ -1,0 +1,112 @@
+"""Denoising a volume that is still being imaged: slabs as they become whole, each once, as one run would at the end.
+
+    slices there     |=========================|....
+    slabs            |-------|-------|-------|-------
+    done by now      |===============|                  a slab waits for its last slice's neighbour too
+
+Slices that are there: those before the last layer of chunks that storage lists, as its writer may be at work on that
+one, once a later look has seen them. A last run without following does what is left: the last slice has no neighbour.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from nrrn_pipeline.api import Location, Options, RunWatch, Summary, plan_for, run_planned
+from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.geometry import Box, Span
+from nrrn_pipeline.ledger import Ledger
+from nrrn_pipeline.places import absolute
+from nrrn_pipeline.planning import DenoisePlan
+from nrrn_pipeline.volume import Volume, open_volume, written_slices
+
+
+@dataclass(frozen=True)
+class Following:
+    """When to look for new slices: every so many s, or once (0); they count when they were there `settle_s` before."""
+
+    every_s: float = 60.0
+    settle_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        """Raises InputError for times that cannot be."""
+        for name, value in (("every", self.every_s), ("settle", self.settle_s)):
+            if not 0 <= value <= 7 * 86400:
+                raise InputError(f"{name} {value:g} is not possible: use 0 s to a week, in s")
+
+
+def follow(
+    source: Location,
+    output: Location,
+    weights: Location,
+    options: Options | None = None,
+    following: Following = Following(),
+    watch: RunWatch | None = None,
+) -> Summary | None:
+    """Denoise what there is of a volume that grows along z, and more as it comes; a summary of the last run, if any.
+
+    With `following.every_s` 0 it looks once and returns, else it never does. Each slice is denoised once, and the bytes
+    are those that denoise, called when the volume is whole, would give; that call is also what ends it.
+
+    Raises what denoise raises, and InputError for options that do not go together with slices to come.
+    """
+    options, watch = options or Options(), watch or RunWatch()
+    _refuse_unfit(options)
+    options = replace(options, layout=replace(options.layout, growing=True))
+    summary, done, told = None, 0, (-1, -1)
+    for volume in _looks(source, output, options.level, following):
+        made = _plan_so_far(volume, output, weights, options)
+        if made is not None and made.box.z.stop > done:
+            summary = run_planned(made, options, watch)
+            done = made.box.z.stop
+        if told != (volume.shape[0], done):
+            told = volume.shape[0], done
+            watch.looked(*told)
+    return summary
+
+
+def _refuse_unfit(options: Options) -> None:
+    unfit = {
+        "a region (roi)": options.roi is not None,
+        "overwriting": options.overwrite,
+        "a share of the work": options.share is not None,
+        "statistics of the volume": options.method.statistics == "volume",
+    }
+    for what, asked in unfit.items():
+        if asked:
+            raise InputError(f"following and {what} do not go together: leave one of them out")
+
+
+def _looks(source: Location, output: Location, level: int, following: Following) -> Iterator[Volume]:
+    """The volume as far as it is surely written, look by look."""
+    seen: list[tuple[float, int]] = []  # when, and how many slices were written
+    known = (Ledger(f"{absolute(output)}/0").begun_slices() or (0, 0))[1]
+    while True:
+        volume, now = open_volume(source, level), time.monotonic()
+        seen = [*seen, (now, written_slices(volume))]
+        settled = [slices for when, slices in seen if now - when >= following.settle_s]
+        seen = seen[max(0, len(settled) - 1) :]
+        known = max(known, *settled[-1:], 0)
+        if settled or following.every_s > 0:
+            yield replace(volume, shape=(min(known, volume.shape[0]), *volume.shape[1:]))
+        if settled and not following.every_s:
+            return
+        time.sleep(following.every_s or following.settle_s)
+
+
+def _plan_so_far(volume: Volume, output: Location, weights: Location, options: Options) -> DenoisePlan | None:
+    """The plan for the slabs that are whole, and whose last slice has a neighbour; None if there are none.
+
+    Raises InputError if the output was begun otherwise.
+    """
+    there = volume.shape[0]
+    whole = replace(volume, shape=(max(there, 1), *volume.shape[1:]))
+    depth = plan_for(whole, output, weights, options).slab[0]
+    stop = (there - 1) // depth * depth
+    begun = Ledger(f"{absolute(output)}/0").begun_slices()
+    if stop < 1 or (begun is not None and stop < begun[0]):  # it was whole once, and the slab is not whole again yet
+        return None
+    part = Box(Span(0, stop), volume.box.y, volume.box.x)
+    return plan_for(volume, output, weights, replace(options, roi=part))
