@@ -13,7 +13,14 @@ from typing import Any
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.checking import Status, check, status
-from nrrn_pipeline.cluster import AddressSettings, ClusterSettings, LocalSettings, load_settings, started
+from nrrn_pipeline.cluster import (
+    AddressSettings,
+    ClusterSettings,
+    LocalSettings,
+    load_settings,
+    refuse_unfit_workers,
+    started,
+)
 from nrrn_pipeline.cost import (
     Cost,
     cost_of,
@@ -439,5 +446,7 @@ def open_runner(plans: Sequence[DenoisePlan], options: Options) -> Iterator[tupl
     if isinstance(settings, LocalSettings):
         settings = settings.model_copy(update={"workers": workers})
     with started(settings, options.slabs_each) as cluster:
+        if not options.here:
+            refuse_unfit_workers(cluster.client, plans, options.device)
         there = counted(len(cluster.client.nthreads()), "worker")
         yield DaskRunner(cluster.client, cluster.tend, cluster.patience_s), f"{there} of {cluster.where}"

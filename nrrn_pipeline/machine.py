@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import platform
 import sys
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import dask.system
 import distributed.system
 import psutil
+
+from nrrn_pipeline.errors import InputError
+
+PACKAGES = ("torch", "numpy", "zarr", "dask", "distributed")
 
 
 def cores() -> int:
@@ -38,3 +45,19 @@ def peak_memory_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of what driver and workers must have alike: Python's, and packages', without the build of one."""
+    packages = {name: version(name).partition("+")[0] for name in ("nrrn-pipeline", *PACKAGES)}
+    return {"python": ".".join(platform.python_version_tuple()[:2]), **packages}
+
+
+def refuse_other_versions(wanted: dict[str, str]) -> None:
+    """Raises InputError, naming them, if this process has other versions than `wanted`."""
+    own = versions()
+    if other := [
+        f"{name} {own.get(name)} instead of {wanted[name]}" for name in wanted if own.get(name) != wanted[name]
+    ]:
+        raise InputError(f"it has {', '.join(other)}: install the driver's versions there, or run the driver with its")

@@ -18,6 +18,7 @@ import distributed
 from distributed.comm.core import CommClosedError
 
 from nrrn_pipeline.errors import GO_ON, InputError, NrrnError, RunError
+from nrrn_pipeline.machine import refuse_other_versions, versions
 from nrrn_pipeline.places import adopt_options, options_text
 from nrrn_pipeline.retrying import is_refused, reason_of
 
@@ -98,7 +99,7 @@ class DaskRunner:
 
         An item whose worker died is tried again alone, when all others are done: it may have died of its neighbour.
         """
-        there = partial(_with_options, options_text(), task)
+        there = partial(_as_the_driver, versions(), options_text(), task)
         # keys of one group: Dask keeps account of every group for as long as anything runs
         group, numbers = f"{_name_of(task)}-{uuid.uuid4().hex}", count()
         finished = 0
@@ -124,9 +125,12 @@ class DaskRunner:
                 for future in self._finished(list(running), resources, finished):
                     item, attempt = running.pop(future)
                     error = future.exception()
+                    result = None if error else future.result()
+                    # a wait that timed out may still refer to it: a worker that leaves would have it computed again
+                    future.release()
                     if error is None:
                         finished += 1
-                        yield Outcome(item, future.result())
+                        yield Outcome(item, result)
                         continue
                     raise_permanent(error, item)
                     if attempt == ATTEMPTS:
@@ -190,6 +194,7 @@ def _name_of(task: Callable[[Any], Any]) -> str:
     return str(getattr(getattr(task, "func", task), "__name__", "task"))
 
 
-def _with_options(options: str, task: Callable[[Any], Any], item: Any) -> Any:
+def _as_the_driver(wanted: dict[str, str], options: str, task: Callable[[Any], Any], item: Any) -> Any:
+    refuse_other_versions(wanted)  # also of workers that come later
     adopt_options(options)
     return task(item)

@@ -82,6 +82,16 @@ def read_weights(url: str) -> bytes:
     return data
 
 
+def read_weights_of(weights: Weights) -> bytes:
+    """The weights file of a plan. Raises InputError if there is none, or another one than it was planned with."""
+    data = read_weights(weights.path)
+    if (found := bytes_hash(data)) != weights.sha256:
+        raise InputError(
+            f"weights {weights.path} have hash {found[:12]} here, but the run was planned with {weights.sha256[:12]}"
+        )
+    return data
+
+
 def load_network(weights: Weights, device: str, images: int) -> Network:
     """The network of a plan's weights, loaded once a process.
 
@@ -94,12 +104,7 @@ def load_network(weights: Weights, device: str, images: int) -> Network:
 
 @lru_cache(maxsize=1)
 def _loaded(weights: Weights, device: str, images: int) -> Network:
-    data = read_weights(weights.path)
-    if (found := bytes_hash(data)) != weights.sha256:
-        raise InputError(
-            f"weights {weights.path} have hash {found[:12]} here, but the run was planned with {weights.sha256[:12]}"
-        )
-    return in_slot(parse_weights(data, weights.path), device, images)
+    return in_slot(parse_weights(read_weights_of(weights), weights.path), device, images)
 
 
 def denoise_voxels(noisy: NDArray[Any], task: SlabTask, network: Network, tile: int, halo: int) -> NDArray[Any]:

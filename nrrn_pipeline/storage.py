@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -255,14 +255,28 @@ def check_writable(url: str) -> None:
 
     Raises OSError if nothing can be written there.
     """
-    probe, missing = f"{url}/{uuid.uuid4().hex}.probe", []
+    with probe(url):
+        pass
+
+
+@contextmanager
+def probe(url: str, content: bytes = b"") -> Iterator[str]:
+    """A new file in a folder, gone when the block ends, with all whose names begin like its own, and new folders.
+
+    Raises OSError if nothing can be written there.
+    """
+    name, missing = f"{uuid.uuid4().hex}.probe", []
     folder = url
     while "://" not in url and not os.path.exists(folder):
         missing.append(folder)
         folder = os.path.dirname(folder)
     try:
-        write_file(probe, b"")
-        remove_file(probe)
+        write_file(f"{url}/{name}", content)
+        try:
+            yield f"{url}/{name}"
+        finally:
+            for each in list_sizes(url, beginning=name) if content else [name]:
+                remove_file(f"{url}/{each}")
     except NotImplementedError as error:
         raise StorageError(f"{url}: this kind of storage is read-only", permanent=True) from error
     finally:

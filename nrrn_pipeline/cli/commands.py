@@ -10,6 +10,7 @@ import typer
 
 from nrrn_pipeline import api, following
 from nrrn_pipeline.checking import check
+from nrrn_pipeline.cli.batch import batch as many_volumes
 from nrrn_pipeline.cli.options import (
     ChunkSize,
     Cluster,
@@ -38,7 +39,7 @@ from nrrn_pipeline.cli.options import (
     parse_share,
 )
 from nrrn_pipeline.cli.terminal import Watch, by_text, duration_text, err, network_text, out, print_rows, progress_bar
-from nrrn_pipeline.cluster import make_keys
+from nrrn_pipeline.cluster import load_settings, make_keys
 from nrrn_pipeline.cost import bytes_text, counted
 from nrrn_pipeline.errors import GO_ON, readable
 from nrrn_pipeline.network import bytes_hash, parse_header
@@ -46,6 +47,7 @@ from nrrn_pipeline.places import absolute
 from nrrn_pipeline.planning import Method
 from nrrn_pipeline.slab import read_weights
 from nrrn_pipeline.training.fit import TrainSettings
+from nrrn_pipeline.trial import rows_of, try_cluster
 from nrrn_pipeline.volume import get_provenance, open_volume
 
 app = typer.Typer(
@@ -171,6 +173,9 @@ def plan(
         "from one timed tile",
     }
     print_rows(rows)
+
+
+app.command("batch")(many_volumes)
 
 
 @app.command()
@@ -322,6 +327,24 @@ def import_weights(
     """Turn a checkpoint of the authors' tool into a weights file; nothing in it is executed."""
     network = api.import_weights(checkpoint, weights)
     out.print(f"{weights}: {network_text(len(network.units), network.channels)}")
+
+
+@cluster_app.command("check")
+def cluster_check(
+    settings: Annotated[str, typer.Argument(metavar="FILE", help="Settings of a cluster, TOML.")],
+    folder: Annotated[str, typer.Option("--at", help="Where to denoise a trial slab: a path or URL as of your runs.")],
+    device: Device = "auto",
+    storage_options: StorageOptions = None,  # noqa: ARG001
+) -> None:
+    """Start one worker, denoise one small slab on it, and say what was found. Leaves nothing behind.
+
+    Example: nrrn cluster check slurm.toml --at /shared/lab
+    """
+    found = try_cluster(load_settings(settings), folder, device)
+    print_rows(rows_of(found))
+    if found.difference > 1:
+        err.print(f"nrrn: the worker's voxels are {found.difference} grey levels off: do not use it")
+        raise typer.Exit(1)
 
 
 @cluster_app.command("keys")

@@ -2,6 +2,14 @@
 
 from nrrn_pipeline.cluster.address import AddressSettings, address_client
 from nrrn_pipeline.cluster.base import Cluster, ClusterSettings
+from nrrn_pipeline.cluster.checks import refuse_unfit_workers
+from nrrn_pipeline.cluster.jobqueue_settings import (
+    JobQueueSettings,
+    LsfSettings,
+    PbsSettings,
+    SgeSettings,
+    SlurmSettings,
+)
 from nrrn_pipeline.cluster.keys import make_keys
 from nrrn_pipeline.cluster.kinds import load_settings, started
 from nrrn_pipeline.cluster.local import LocalSettings, local_client
@@ -10,10 +18,16 @@ __all__ = [
     "AddressSettings",
     "Cluster",
     "ClusterSettings",
+    "JobQueueSettings",
     "LocalSettings",
+    "LsfSettings",
+    "PbsSettings",
+    "SgeSettings",
+    "SlurmSettings",
     "address_client",
     "load_settings",
     "local_client",
     "make_keys",
+    "refuse_unfit_workers",
     "started",
 ]

@@ -12,10 +12,23 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from nrrn_pipeline.cluster.address import AddressSettings, address_client
 from nrrn_pipeline.cluster.base import Cluster, ClusterSettings
+from nrrn_pipeline.cluster.jobqueue import jobqueue_cluster
+from nrrn_pipeline.cluster.jobqueue_settings import (
+    JobQueueSettings,
+    LsfSettings,
+    PbsSettings,
+    SgeSettings,
+    SlurmSettings,
+)
+from nrrn_pipeline.cluster.kubernetes import kubernetes_cluster
+from nrrn_pipeline.cluster.kubernetes_settings import KubernetesSettings
 from nrrn_pipeline.cluster.local import LocalSettings, local_client
 from nrrn_pipeline.errors import InputError
 
-AnySettings = Annotated[LocalSettings | AddressSettings, Field(discriminator="kind")]
+AnySettings = Annotated[
+    LocalSettings | AddressSettings | SlurmSettings | PbsSettings | LsfSettings | SgeSettings | KubernetesSettings,
+    Field(discriminator="kind"),
+]
 _ADAPTER: TypeAdapter[ClusterSettings] = TypeAdapter(AnySettings)
 MAX_BYTES = 2**20
 
@@ -43,7 +56,8 @@ def wrong_keys(error: ValidationError) -> str:
     found = []
     for detail in error.errors(include_url=False, include_context=False):
         place = ".".join(map(str, detail["loc"][1:] if len(detail["loc"]) > 1 else detail["loc"]))
-        known = "it is unknown" if detail["type"] == "extra_forbidden" else detail["msg"]
+        said = detail["msg"].removeprefix("Value error, ")
+        known = "it is unknown" if detail["type"] == "extra_forbidden" else said
         found.append(f"{place}: {known}" if place else known)
     return "; ".join(found)
 
@@ -61,5 +75,11 @@ def started(settings: ClusterSettings, slabs_each: int) -> Iterator[Cluster]:
         case AddressSettings():
             with address_client(settings.address, settings.keys) as client:
                 yield Cluster(client, f"{settings.address}, dashboard {client.dashboard_link}")
+        case JobQueueSettings():
+            with jobqueue_cluster(settings, slabs_each) as cluster:
+                yield cluster
+        case KubernetesSettings():
+            with kubernetes_cluster(settings, slabs_each) as cluster:
+                yield cluster
         case _:
             raise AssertionError(f"unreachable: {type(settings)} is in AnySettings")

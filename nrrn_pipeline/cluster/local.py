@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Literal
@@ -12,11 +11,9 @@ import dask
 from distributed import Client, LocalCluster
 from pydantic import Field
 
-from nrrn_pipeline.cluster.base import ClusterSettings
+from nrrn_pipeline.cluster.base import DASHBOARD_PORT, ClusterSettings, free_port, process_environment
 from nrrn_pipeline.errors import RunError
 from nrrn_pipeline.machine import threads_each
-
-DASHBOARD_PORT = 8787
 
 
 class LocalSettings(ClusterSettings):
@@ -39,7 +36,7 @@ def local_client(workers: int, slabs_each: int = 1) -> Iterator[Client]:
         "distributed.deploy.lost-worker-timeout": "1 hour",
         "distributed.scheduler.allowed-failures": 1,  # deaths of workers an attempt; the runner makes three
         "distributed.worker.preload": ["nrrn_pipeline.cluster.worker"],
-        "distributed.nanny.pre-spawn-environ": _environment(workers),
+        "distributed.nanny.pre-spawn-environ": process_environment(threads_each(workers)),
     }
     with dask.config.set(settings), _started(workers, slabs_each) as cluster, Client(cluster) as client:
         yield client
@@ -54,7 +51,7 @@ def _started(workers: int, slabs_each: int) -> Iterator[LocalCluster]:
             processes=True,
             memory_limit=0,  # the plan bounds memory before the run; nothing here can be spilled
             host="127.0.0.1",
-            dashboard_address=f"127.0.0.1:{_free_port(DASHBOARD_PORT)}",
+            dashboard_address=f"127.0.0.1:{free_port(DASHBOARD_PORT)}",
             silence_logs=logging.CRITICAL,  # what goes wrong reaches the driver as a task's error, and is said once
         )
     except RuntimeError as error:
@@ -64,29 +61,3 @@ def _started(workers: int, slabs_each: int) -> Iterator[LocalCluster]:
         ) from error
     with cluster:
         yield cluster
-
-
-def _environment(workers: int) -> dict[str, str]:
-    """What torch and the C library read once, when a process starts.
-
-    Dask's own allocator settings give every tensor's memory back at once; the page faults of taking it again made one
-    thread up to twice as slow. These keep up to 256 MiB, in one arena, in huge pages where the system has them.
-    """
-    return {
-        "OMP_NUM_THREADS": str(threads_each(workers)),
-        "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_THRESHOLD_": str(2**25),
-        "MALLOC_TRIM_THRESHOLD_": str(2**28),
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    }
-
-
-def _free_port(wanted: int) -> int:
-    """The wanted port, or 0 (any) if something listens there already."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", wanted))
-        except OSError:
-            return 0
-    return wanted

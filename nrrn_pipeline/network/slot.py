@@ -54,6 +54,14 @@ def refuse_unknown_device(name: str) -> None:
         raise InputError(f"device {name!r} is unknown: use {', '.join(DEVICES)}")
 
 
+def device_text() -> str | None:
+    """The GPU's name and memory; None if there is none."""
+    if not torch.cuda.is_available():
+        return None
+    gpu = torch.cuda.get_device_properties(0)
+    return f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
+
+
 def choose_device(name: str) -> torch.device:
     """`auto` (the GPU if there is one), `cpu` or `cuda`. Raises InputError if there is no such device here."""
     refuse_unknown_device(name)
