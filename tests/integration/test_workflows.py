@@ -1,0 +1,116 @@
+"""Each workflow, as a user would run it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from nrrn_pipeline import Options, denoise, open_volume, verify
+from tests.servers import ObjectStore
+from tests.support import bare_zarr, image_like, stored_chunks, tiny_weights
+
+WORKFLOWS = Path(__file__).parents[2] / "workflows"
+SHAPE = (8, 40, 48)
+
+
+def run(*words: object, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [str(word) for word in words]
+    environ = {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=300, check=False)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def workflow(name: str, *words: object, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run(sys.executable, WORKFLOWS / name, *words, status=status, **environment)
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Path:
+    bare_zarr(tmp_path / "raw.zarr", image_like(SHAPE))
+    tiny_weights(tmp_path / "w.safetensors")
+    denoise(tmp_path / "raw.zarr", tmp_path / "once.zarr", tmp_path / "w.safetensors", Options(cluster="serial"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", sorted(p for p in WORKFLOWS.glob("**/*") if p.suffix in (".py", ".sh")), ids=str)
+def test_workflows_are_short(path: Path) -> None:
+    if path.parent.name != "demo":
+        assert len(path.read_text().splitlines()) < 60
+
+
+def test_submit_to_dask(lab: Path) -> None:
+    words = (lab / "raw.zarr", lab / "out.zarr", lab / "w.safetensors")
+    (lab / "here.toml").write_text('kind = "local"\nworkers = 1\n')
+    said = workflow("submit_to_dask.py", *words, lab / "here.toml")
+    assert "1 slabs on 1 worker of this machine" in said.stdout
+    assert stored_chunks(lab / "out.zarr/0") == stored_chunks(lab / "once.zarr/0")
+    assert "1 were done before" in workflow("submit_to_dask.py", *words, "serial").stdout
+    assert "cluster 'cloud' is unknown" in workflow("submit_to_dask.py", *words, "cloud", status=1).stderr
+
+
+def test_batch_on_s3(lab: Path, seaweed: ObjectStore) -> None:
+    seaweed.make_bucket("workflow")
+    with seaweed.in_use():
+        for name in ("a", "b"):
+            for path in sorted((lab / "raw.zarr").rglob("*")):
+                if path.is_file():
+                    seaweed.put("workflow", f"raw/{name}.zarr/{path.relative_to(lab / 'raw.zarr')}", path.read_bytes())
+        words = ("s3://workflow/raw/", "s3://workflow/clean/", lab / "w.safetensors")
+        environment = {**seaweed.environment, "NRRN_CLUSTER": "serial"}
+        first, second = (workflow("batch_on_s3.py", *words, **environment).stdout for _ in range(2))
+        assert [line.split()[0] for line in first.splitlines()] == ["done", "done"]
+        assert second.count("done before") == 2
+        once = zarr.open_array(lab / "once.zarr/0")[:]
+        for name in ("a", "b"):
+            array = open_volume(f"s3://workflow/clean/{name}.zarr").to_xarray()
+            assert np.array_equal(array.values, once)
+
+
+def test_train_then_denoise(lab: Path) -> None:
+    """With fewer steps than the script's own."""
+    short = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import train_then_denoise as t; "
+        "from nrrn_pipeline import Options, TrainSettings; "
+        "settings = TrainSettings(units=1, channels=4, steps=3, batch=2, crop=32); "
+        "t.main(sys.argv[2], sys.argv[3], settings, Options(cluster='serial'))"
+    )
+    for _ in range(2):
+        said = run(sys.executable, "-c", short, WORKFLOWS, lab / "raw.zarr", lab / "out")
+    assert "trained" not in said.stdout  # the weights were there
+    assert verify(lab / "out/denoised.zarr", deep=True) == []
+    trial, whole = (zarr.open_array(lab / f"out/{name}.zarr/0")[:] for name in ("trial", "denoised"))
+    assert np.array_equal(trial, whole[4:])
+
+
+def test_nightly(lab: Path) -> None:
+    voxels = image_like(SHAPE)
+    array = zarr.create_array(lab / "grow.zarr", shape=(5, 40, 48), chunks=(1, 40, 48), dtype="uint8")
+    array[:] = voxels[:5]
+    environment = {
+        "SRC": str(lab / "grow.zarr"),
+        "DST": str(lab / "out.zarr"),
+        "WEIGHTS": str(lab / "w.safetensors"),
+        "PYTHON": sys.executable,
+        "HERE": str(WORKFLOWS / "scheduled_hpc"),
+        "NRRN_CLUSTER": "serial",
+    }
+    script = WORKFLOWS / "scheduled_hpc/nightly.sh"
+    assert "no slab is whole yet" in run(script, "--settle", "0", **environment).stdout
+    array.resize(SHAPE)
+    array[5:] = voxels[5:]
+    assert "no slab is whole yet" in run(script, "--settle", "0", **environment).stdout  # slabs are 64 slices deep
+    assert "8 slices are denoised" in run(script, "--last", **environment).stdout
+    assert np.array_equal(zarr.open_array(lab / "out.zarr/0")[:], zarr.open_array(lab / "once.zarr/0")[:])
+
+
+def test_shell_scripts_are_clean() -> None:
+    checker = Path(sys.executable).with_name("shellcheck")
+    run(checker, *WORKFLOWS.glob("**/*.sh"))
