@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nrrn_pipeline.api import Options, RunWatch, denoise, import_weights, plan, repair, status, train, verify
+    from nrrn_pipeline.batch import read_manifest, run_batch
     from nrrn_pipeline.errors import InputError, NrrnError, RunError, SlabsFailedError, StorageError
+    from nrrn_pipeline.following import Following, follow
     from nrrn_pipeline.geometry import Box
     from nrrn_pipeline.places import using_options
     from nrrn_pipeline.planning import Layout, Method
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Box",
+    "Following",
     "InputError",
     "Layout",
     "Method",
@@ -31,10 +34,13 @@ __all__ = [
     "StorageError",
     "TrainSettings",
     "denoise",
+    "follow",
     "import_weights",
     "open_volume",
     "plan",
+    "read_manifest",
     "repair",
+    "run_batch",
     "status",
     "train",
     "using_options",
@@ -43,7 +49,9 @@ __all__ = [
 
 _HOMES = {
     "api": ("Options", "RunWatch", "denoise", "import_weights", "plan", "repair", "status", "train", "verify"),
+    "batch": ("read_manifest", "run_batch"),
     "errors": ("InputError", "NrrnError", "RunError", "SlabsFailedError", "StorageError"),
+    "following": ("Following", "follow"),
     "geometry": ("Box",),
     "places": ("using_options",),
     "planning": ("Layout", "Method"),

@@ -39,6 +39,7 @@ from nrrn_pipeline.network import (
     NRRN,
     bytes_hash,
     choose_device,
+    gpu_count,
     import_vemden,
     parse_header,
     parse_weights,
@@ -422,10 +423,13 @@ def _workers(plans: Sequence[DenoisePlan], options: Options) -> int:
     """Local workers that the options ask for. Raises InputError if this machine is asked for more than it can hold."""
     largest = max(plans, key=lambda made: worker_bytes(made, options.slabs_each))
     settings = options.cluster_settings
-    workers = settings.workers if isinstance(settings, LocalSettings) else 1 if settings is None else None
+    workers = settings.workers if isinstance(settings, LocalSettings) and settings.processes else None
+    if settings is None or (isinstance(settings, LocalSettings) and not settings.processes):
+        workers = 1
     if workers is None:
         on_gpu = options.here and choose_device(options.device).type == "cuda"
-        workers = min(default_workers(largest, on_gpu, options.slabs_each), max(len(made.slabs) for made in plans))
+        fitting = default_workers(largest, gpu_count() if on_gpu else 0, options.slabs_each)
+        workers = min(fitting, max(len(made.slabs) for made in plans))
     if options.here:
         refuse_what_cannot_fit(largest, workers, options.slabs_each)
     return workers

@@ -100,13 +100,13 @@ def worker_bytes(plan: DenoisePlan, at_once: int = 1) -> int:
     return PROCESS_BYTES + max(denoising, at_once * (measured + min(decoding, measured)))
 
 
-def default_workers(plan: DenoisePlan, on_gpu: bool, at_once: int) -> int:
-    """As many local workers as cores and memory carry; one on a GPU.
+def default_workers(plan: DenoisePlan, gpus: int, at_once: int) -> int:
+    """As many local workers as cores and memory carry; one a GPU, if there are any.
 
     There may be fewer slabs than that.
     """
-    if on_gpu:
-        return 1
+    if gpus:
+        return gpus
     fitting = int(0.8 * free_memory_bytes()) // worker_bytes(plan, at_once)
     return max(1, min(cores(), fitting))
 

@@ -9,48 +9,61 @@ from typing import Annotated, Literal
 
 import dask
 from distributed import Client, LocalCluster
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nrrn_pipeline.cluster.base import DASHBOARD_PORT, ClusterSettings, free_port, process_environment
+from nrrn_pipeline.cluster.worker import GPUS
 from nrrn_pipeline.errors import RunError
 from nrrn_pipeline.machine import threads_each
 
 
 class LocalSettings(ClusterSettings):
-    """Workers on this machine; `workers` None: as many as cores, memory and GPUs carry."""
+    """Workers on this machine; `workers` None: as many as cores and memory carry, or one a GPU.
+
+    processes: each a process of its own; else all of it is in threads of this one, which starts at once, and one slab
+    computes at a time, with all cores.
+    """
 
     kind: Literal["local"] = "local"
     workers: Annotated[int, Field(ge=1)] | None = None
+    processes: bool = True
+
+    @model_validator(mode="after")
+    def _possible(self) -> LocalSettings:
+        if not self.processes and (self.workers or 1) > 1:
+            raise ValueError(f"workers {self.workers}: without processes there is one, which computes with all cores")
+        return self
 
 
 @contextmanager
-def local_client(workers: int, slabs_each: int = 1) -> Iterator[Client]:
-    """A client of `workers` new processes that share the machine's cores; gone when the block ends.
+def local_client(workers: int, slabs_each: int = 1, gpus: int = 0, processes: bool = True) -> Iterator[Client]:
+    """A client of `workers` new processes that share the machine's cores and GPUs; gone when the block ends.
 
     Each has `slabs_each` slabs in flight: while one computes, the next is read. All of them listen on loopback alone,
-    where other users of this machine can reach them.
+    where other users of this machine can reach them. Without `processes` they are threads of this one.
     """
+    environment = process_environment(threads_each(workers))
     settings = {
         "distributed.worker.multiprocessing-method": "spawn",
         # else a worker that is being restarted just then is dropped, and with the last one the run would hang
         "distributed.deploy.lost-worker-timeout": "1 hour",
         "distributed.scheduler.allowed-failures": 1,  # deaths of workers an attempt; the runner makes three
-        "distributed.worker.preload": ["nrrn_pipeline.cluster.worker"],
-        "distributed.nanny.pre-spawn-environ": process_environment(threads_each(workers)),
+        "distributed.worker.preload": ["nrrn_pipeline.cluster.worker"] if processes else [],
+        "distributed.nanny.pre-spawn-environ": environment | ({GPUS: str(gpus)} if gpus > 1 else {}),
     }
-    with dask.config.set(settings), _started(workers, slabs_each) as cluster, Client(cluster) as client:
+    with dask.config.set(settings), _started(workers, slabs_each, processes) as cluster, Client(cluster) as client:
         yield client
 
 
 @contextmanager
-def _started(workers: int, slabs_each: int) -> Iterator[LocalCluster]:
+def _started(workers: int, slabs_each: int, processes: bool) -> Iterator[LocalCluster]:
     try:
         cluster = LocalCluster(
             n_workers=workers,
             threads_per_worker=slabs_each,
-            processes=True,
+            processes=processes,
             memory_limit=0,  # the plan bounds memory before the run; nothing here can be spilled
-            host="127.0.0.1",
+            host="127.0.0.1" if processes else None,
             dashboard_address=f"127.0.0.1:{free_port(DASHBOARD_PORT)}",
             silence_logs=logging.CRITICAL,  # what goes wrong reaches the driver as a task's error, and is said once
         )

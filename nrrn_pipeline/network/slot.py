@@ -54,6 +54,11 @@ def refuse_unknown_device(name: str) -> None:
         raise InputError(f"device {name!r} is unknown: use {', '.join(DEVICES)}")
 
 
+def gpu_count() -> int:
+    """GPUs that this process may use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def device_text() -> str | None:
     """The GPU's name and memory; None if there is none."""
     if not torch.cuda.is_available():

@@ -1,6 +1,6 @@
 """How well slabs keep workers busy, with a network that only sleeps: a table of 1 to 32 workers.
 
-    python tests/benchmarks/scaling.py [SECONDS]
+    python tests/benchmarks/scaling.py [SECONDS [WORKERS...]]
 
 Each row does the same 2,000 slabs, and would take SECONDS (default 40) if workers did nothing but sleep: a slab sleeps
 as long as that takes. So scheduler, storage and driver have the same slabs a second to deal with in every row, and a
@@ -26,7 +26,7 @@ from nrrn_pipeline.runners import DaskRunner
 from tests.support import bare_zarr, tiny_weights
 
 SLABS, SIDE = 2000, 16
-WORKERS = (32, 16, 8, 4, 2, 1)
+WORKERS = (1, 2, 4, 8, 16, 32)
 
 
 def sleep_instead(seconds: float) -> None:
@@ -60,14 +60,15 @@ def seconds_for(client: Client, workers: int, folder: Path, seconds: float) -> f
 
 def main() -> None:
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 40.0
+    counts = sorted(map(int, sys.argv[2:] or WORKERS), reverse=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         rng = np.random.default_rng(0)
         bare_zarr(folder / "raw.zarr", rng.integers(0, 256, (SLABS, SIDE, SIDE), np.uint8), (100, SIDE, SIDE))
         tiny_weights(folder / "w.safetensors")
         print(f"{SLABS} slabs, {seconds:g} s of sleep for each worker\nworkers  seconds  slabs/s  efficiency")
-        with local_client(WORKERS[0], slabs_each=2) as client:
-            for workers in WORKERS:
+        with local_client(counts[0], slabs_each=2) as client:
+            for workers in counts:
                 client.cluster.scale(workers)
                 while len(client.nthreads()) != workers:
                     time.sleep(0.1)

@@ -51,6 +51,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 def test_the_public_names_are_these() -> None:
     assert nrrn_pipeline.__all__ == [
         "Box",
+        "Following",
         "InputError",
         "Layout",
         "Method",
@@ -62,10 +63,13 @@ def test_the_public_names_are_these() -> None:
         "StorageError",
         "TrainSettings",
         "denoise",
+        "follow",
         "import_weights",
         "open_volume",
         "plan",
+        "read_manifest",
         "repair",
+        "run_batch",
         "status",
         "train",
         "using_options",
