@@ -173,7 +173,7 @@ class DaskRunner:
 
     def _workers(self) -> list[dict[str, Any]]:
         """Those that take items: not one that is paused because its time is nearly over."""
-        workers = self.client.scheduler_info(n_workers=-1)["workers"].values()
+        workers = self.client.scheduler_info(n_workers=-1).get("workers", {}).values()  # none of one that is gone
         return [worker for worker in workers if worker.get("status", "running") == "running"]
 
 

@@ -124,7 +124,7 @@ def denoise(  # one parameter an option: that is how the command line is declare
 def plan(
     source: Source,
     output: Output,
-    weights: Annotated[str | None, typer.Option(help="Weights [default: the paper's network is assumed].")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights (default: the paper's network is assumed).")] = None,
     cluster: Cluster = "local",
     keys: Keys = None,
     workers: Workers = None,

@@ -49,22 +49,28 @@ def local_client(workers: int, slabs_each: int = 1, gpus: int = 0, processes: bo
         "distributed.deploy.lost-worker-timeout": "1 hour",
         "distributed.scheduler.allowed-failures": 1,  # deaths of workers an attempt; the runner makes three
         "distributed.worker.preload": ["nrrn_pipeline.cluster.worker"] if processes else [],
-        "distributed.nanny.pre-spawn-environ": environment | ({GPUS: str(gpus)} if gpus > 1 else {}),
+        "distributed.nanny.pre-spawn-environ": environment,
     }
-    with dask.config.set(settings), _started(workers, slabs_each, processes) as cluster, Client(cluster) as client:
+    with (
+        dask.config.set(settings),
+        _started(workers, slabs_each, gpus if processes else None) as cluster,
+        Client(cluster) as client,
+    ):
         yield client
 
 
 @contextmanager
-def _started(workers: int, slabs_each: int, processes: bool) -> Iterator[LocalCluster]:
+def _started(workers: int, slabs_each: int, gpus: int | None) -> Iterator[LocalCluster]:
     try:
         cluster = LocalCluster(
             n_workers=workers,
             threads_per_worker=slabs_each,
-            processes=processes,
+            processes=gpus is not None,
             memory_limit=0,  # the plan bounds memory before the run; nothing here can be spilled
-            host="127.0.0.1" if processes else None,
+            host=None if gpus is None else "127.0.0.1",
             dashboard_address=f"127.0.0.1:{free_port(DASHBOARD_PORT)}",
+            # not in the environment before they start, where Dask would keep it for the next
+            **({} if gpus is None else {"env": {GPUS: str(gpus)}}),
             silence_logs=logging.CRITICAL,  # what goes wrong reaches the driver as a task's error, and is said once
         )
     except RuntimeError as error:

@@ -21,6 +21,7 @@ from distributed.core import Status
 STOP_AT = "NRRN_STOP_AT"  # when to take no more slabs, in seconds since 1970
 STOP_WITHIN_S = "NRRN_STOP_WITHIN_S"  # how long those that it holds may take then
 GRACE_S = "NRRN_GRACE_S"  # how long they may take after a signal
+GPUS = "NRRN_GPUS"  # of a local worker's machine, which share them: the n-th takes the n-th
 # Grid Engine and LSF announce an end by the second
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 POLL_S = 0.1
@@ -35,6 +36,8 @@ def dask_setup(worker: Any) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("distributed.worker").setLevel(logging.CRITICAL)
+    if (gpus := int(os.environ.get(GPUS, "0"))) > 1:
+        _take_gpu(int(worker.name), gpus)
     leaving, loop = Leaving(worker), asyncio.get_running_loop()
     if GRACE_S in os.environ:
         for announced in SIGNALS:
@@ -42,6 +45,13 @@ def dask_setup(worker: Any) -> None:
     if STOP_AT in os.environ:
         left_s = float(os.environ[STOP_AT]) - time.time()
         loop.call_later(max(0.0, left_s), leaving.begin, float(os.environ[STOP_WITHIN_S]))
+
+
+def _take_gpu(number: int, gpus: int) -> None:
+    """See one GPU alone: torch takes the first that it sees. Before its first use; afterwards this has no effect."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    seen = visible if len(visible) == gpus else [str(gpu) for gpu in range(gpus)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = seen[number % gpus]
 
 
 class Leaving:
