@@ -7,7 +7,7 @@ import os
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -234,11 +234,19 @@ def test_no_voxels_pass_the_scheduler(
 ) -> None:
     seen = _spied(client, monkeypatch)
     plan = _plan(prepared, tmp_path / "out.zarr")
-    list(run_plan(plan, DaskRunner(client), "cpu"))
+    results = []
+
+    def runner(task: Any, items: Iterable[Any]) -> Iterator[Outcome]:
+        for outcome in DaskRunner(client)(task, items):
+            results.append(outcome.result)
+            yield outcome
+
+    list(run_plan(plan, runner, "cpu"))
     slab_bytes = plan.slabs[0].read.size
+    assert len(results) == len(seen)
     assert len(seen) > len(plan.slabs)
     assert max(len(pickle.dumps(sent)) for sent, _ in seen) < slab_bytes / 2
-    assert max(len(pickle.dumps(future.result())) for _, future in seen) < slab_bytes / 2
+    assert max(len(pickle.dumps(result)) for result in results) < slab_bytes / 2
 
 
 def test_tasks_ask_for_a_gpu_where_workers_declare_some(tmp_path: Path) -> None:
