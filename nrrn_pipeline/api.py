@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Any
 
 from nrrn_pipeline import storage
-from nrrn_pipeline.checking import Status, check, status
+from nrrn_pipeline.checking import GROWTH_BROKE_OFF, Status, check, status
 from nrrn_pipeline.cluster import (
     AddressSettings,
     ClusterSettings,
@@ -288,7 +288,8 @@ def repair(
     if not found:
         return [], None
     if beyond := [checked.problem for checked in found if checked.slab is None]:
-        raise InputError(f"{output} cannot be repaired: {beyond[0]}; start again with nrrn denoise --overwrite")
+        advice = "" if GROWTH_BROKE_OFF in str(beyond[0]) else "; start again with nrrn denoise --overwrite"
+        raise InputError(f"{output} cannot be repaired: {beyond[0]}{advice}")
     settings, provenance = ledger.settings() or {}, get_provenance(volume.group_url) or {}
     try:
         slab, chunk, shard = (_shape(settings[name]) for name in ("slab", "chunk", "shard"))
@@ -300,7 +301,12 @@ def repair(
         raise InputError(f"{output} cannot be repaired: its settings are damaged ({error})") from error
     again = replace(options or Options(), level=level, roi=roi, layout=layout, method=method, overwrite=False)
     keys = frozenset(checked.slab for checked in found if checked.slab)
-    made = replace(make_plan(source, volume.group_url, used, again), growing=ledger.growing())
+    if again.here:
+        choose_device(again.device)
+    opened = open_volume(source, level)
+    if ledger.growing():  # what it has more by now is not to be repaired
+        opened = replace(opened, shape=(min(opened.shape[0], int(settings["source shape"][0])), *opened.shape[1:]))
+    made = replace(plan_for(opened, volume.group_url, used, again), growing=ledger.growing())
     return problems, run_planned(made, again, watch or RunWatch(), keys)
 
 
@@ -413,7 +419,7 @@ def plan_for(volume: Volume, output: Location, weights: Location | None, options
     """The plan of what denoise would do with a volume. Raises InputError where it would."""
     layout, url = options.layout, absolute(output)
     begun = Ledger(f"{url}/0")
-    if begun.growing() and (settings := begun.settings()):  # as it was cut when it was not whole yet
+    if begun.followed() and (settings := begun.settings()):  # as it was cut when it was not whole yet
         slab, chunk, shard = (_shape(settings[name]) for name in ("slab", "chunk", "shard"))
         layout = replace(layout, slab=layout.slab or slab, chunk=layout.chunk or chunk, shard=layout.shard or shard)
     return plan_denoise(volume, url, describe_weights(weights), layout, options.roi, options.method)

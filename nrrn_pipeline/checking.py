@@ -18,6 +18,7 @@ from nrrn_pipeline.places import absolute
 from nrrn_pipeline.presence import LEASE_S, has_ended
 from nrrn_pipeline.volume import Volume, get_provenance, object_key, open_volume, stored_units
 
+GROWTH_BROKE_OFF = "its run was interrupted as it began to grow: run the same nrrn denoise again"
 WHOLE = ("complete", "growing")  # states of an output all of whose slabs are done
 
 
@@ -103,10 +104,11 @@ def status(output: str | os.PathLike[str]) -> Status:
 
 
 def _whole(driver: dict[str, Any], url: str) -> str:
-    """What its last driver, or the output itself if none drove it, says of it: complete, growing or nothing."""
-    said = str(driver.get("state"))
+    """What the output itself, or its last driver, says of it: complete, growing or nothing."""
+    said = ""
     with suppress(InputError):  # no Zarr yet
-        said = said if said in WHOLE else str((get_provenance(url) or {}).get("state"))
+        said = str((get_provenance(url) or {}).get("state"))
+    said = said if said in WHOLE else str(driver.get("state"))
     return said if said in WHOLE else ""
 
 
@@ -137,8 +139,12 @@ def _number(value: Any) -> float:
 
 def _differences(volume: Volume, settings: dict[str, Any]) -> Iterator[str]:
     """What the array's metadata say otherwise than the settings that it was begun with."""
+    begun_shape = Box.parse(settings["roi"]).shape
+    if volume.shape[0] < begun_shape[0] and volume.shape[1:] == begun_shape[1:]:
+        yield GROWTH_BROKE_OFF
+        return
     facts = {
-        "shape": (list(volume.shape), list(Box.parse(settings["roi"]).shape)),
+        "shape": (list(volume.shape), list(begun_shape)),
         "dtype": (volume.dtype, settings.get("dtype")),
         "chunk": (list(volume.chunk), settings.get("chunk")),
         "shard": (list(volume.write_unit), settings.get("shard")),

@@ -20,6 +20,7 @@ from nrrn_pipeline.geometry import Box, Span
 from nrrn_pipeline.ledger import Ledger
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.planning import DenoisePlan
+from nrrn_pipeline.run import Progress
 from nrrn_pipeline.volume import Volume, open_volume, written_slices
 
 
@@ -56,7 +57,7 @@ def follow(
     _refuse_unfit(options)
     options = replace(options, layout=replace(options.layout, growing=True))
     summary, done, told = None, 0, (-1, -1)
-    for volume in _looks(source, output, options.level, following):
+    for volume in _looks(source, output, options.level, following, watch):
         made = _plan_so_far(volume, output, weights, options)
         if made is not None and made.box.z.stop > done:
             summary = run_planned(made, options, watch)
@@ -79,12 +80,20 @@ def _refuse_unfit(options: Options) -> None:
             raise InputError(f"following and {what} do not go together: leave one of them out")
 
 
-def _looks(source: Location, output: Location, level: int, following: Following) -> Iterator[Volume]:
+def _looks(source: Location, output: Location, level: int, following: Following, watch: RunWatch) -> Iterator[Volume]:
     """The volume as far as it is surely written, look by look."""
     seen: list[tuple[float, int]] = []  # when, and how many slices were written
-    known = (Ledger(f"{absolute(output)}/0").begun_slices() or (0, 0))[1]
+    known = Ledger(f"{absolute(output)}/0").surely_there()
     while True:
-        volume, now = open_volume(source, level), time.monotonic()
+        try:
+            volume = open_volume(source, level)
+        except InputError as error:
+            if not seen or not following.every_s:
+                raise
+            watch.progressed(Progress("following", 0, 0, note=f"{error}; looking again"))  # its writer may be at it
+            time.sleep(following.every_s)
+            continue
+        now = time.monotonic()
         seen = [*seen, (now, written_slices(volume))]
         settled = [slices for when, slices in seen if now - when >= following.settle_s]
         seen = seen[max(0, len(settled) - 1) :]
@@ -105,8 +114,7 @@ def _plan_so_far(volume: Volume, output: Location, weights: Location, options: O
     whole = replace(volume, shape=(max(there, 1), *volume.shape[1:]))
     depth = plan_for(whole, output, weights, options).slab[0]
     stop = (there - 1) // depth * depth
-    begun = Ledger(f"{absolute(output)}/0").begun_slices()
-    if stop < 1 or (begun is not None and stop < begun[0]):  # it was whole once, and the slab is not whole again yet
-        return None
+    if stop < max(1, Ledger(f"{absolute(output)}/0").denoised_up_to()):
+        return None  # where it was whole once, and the last slab is not whole again yet, too
     part = Box(Span(0, stop), volume.box.y, volume.box.x)
     return plan_for(volume, output, weights, replace(options, roi=part))

@@ -22,7 +22,7 @@ from nrrn_pipeline.presence import Presence, Watch, has_ended
 
 def last_driver(ledger_url: str) -> dict[str, Any] | None:
     """What the driver at work, or the last one, says of itself; None if there was none or it cannot be read."""
-    names = _names(ledger_url)
+    names = driver_names(ledger_url)
     if not names:
         return None
     try:
@@ -67,7 +67,7 @@ class Lease:
             self.number = int(names[-1].partition(".")[0]) + 1 if names else 1
             written = storage.write_document(self._url, self.presence.document("running"), new=True)
             if written or self.presence.is_owner_of(self._url):
-                if _names(self.ledger_url)[-1:] == [f"{self.number:07}.json"] and not members(self.ledger_url):
+                if driver_names(self.ledger_url)[-1:] == [f"{self.number:07}.json"] and not members(self.ledger_url):
                     break
                 storage.remove_file(self._url)  # while we were asleep others came and went: our number was free again
         for name in names:
@@ -90,7 +90,7 @@ class Lease:
         return f"{self.ledger_url}/drivers/{self.number:07}.json"
 
     def _trouble(self) -> str:
-        names = _names(self.ledger_url)
+        names = driver_names(self.ledger_url)
         if names and names[-1] == f"{self.number:07}.json":
             return ""
         return "another driver has taken over" if names else "the output was deleted under the run"
@@ -108,7 +108,7 @@ def wait_for_end(ledger_url: str) -> Generator[float, None, list[str]]:
 def wait_for_driver(ledger_url: str) -> Generator[float, None, list[str]]:
     """The same, whoever shares the run."""
     started, first = time.monotonic(), None
-    while names := _names(ledger_url):
+    while names := driver_names(ledger_url):
         holder = last_driver(ledger_url)
         if holder is not None and has_ended(holder):
             return names
@@ -162,7 +162,8 @@ def _at_work(holder: dict[str, Any]) -> InputError:
     )
 
 
-def _names(ledger_url: str) -> list[str]:
+def driver_names(ledger_url: str) -> list[str]:
+    """Names of the files of drivers, the last one's last."""
     return sorted(
         name for name in storage.list_sizes(f"{ledger_url}/drivers") if name.removesuffix(".json").isdecimal()
     )

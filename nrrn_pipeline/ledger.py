@@ -16,6 +16,7 @@ whether any of it was cut short. Every file carries its own checksum.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -24,9 +25,9 @@ from typing import Any
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.geometry import Box, boxes_of
+from nrrn_pipeline.geometry import Box, Span, boxes_of
 from nrrn_pipeline.places import REQUESTS_AT_ONCE
-from nrrn_pipeline.planning import MAX_SLABS, DenoisePlan, slab_key
+from nrrn_pipeline.planning import MAX_SLABS, DenoisePlan, Slab, slab_key
 from nrrn_pipeline.statistics import MeasuredBox, SliceStatistics, document_of, measured_box
 
 
@@ -70,14 +71,18 @@ class Ledger:
         if storage.write_document(f"{self.url}/plan.json", _document_of(plan), new=True):
             return
         if self.grows(plan):
-            for key in self.outgrown(plan):
-                self.forget(key)
+            if (kept := self.statistics_for(plan)) is None:
+                storage.remove_file(f"{self.url}/statistics.json")
+            else:
+                self.put_statistics(kept)
+            for slab in self.outgrown(plan):
+                self.forget(slab.key)
             self.mend(plan)
         self.refuse_others(plan)
 
     def mend(self, plan: DenoisePlan) -> None:
         """Write settings again that are damaged, or outgrown."""
-        storage.write_document(f"{self.url}/plan.json", _document_of(plan))
+        storage.write_document(f"{self.url}/plan.json", _document_of(plan) | {"followed": self.followed()})
 
     def refuse_others(self, plan: DenoisePlan) -> None:
         """Raises InputError, naming what differs, if the output is gone or was begun with other settings."""
@@ -107,22 +112,44 @@ class Ledger:
 
     def growing(self) -> bool:
         """Whether more slices were to come."""
+        return self._says("growing")
+
+    def followed(self) -> bool:
+        """Whether it ever grew, so that its slabs were cut when its source was not whole."""
+        return self._says("followed") or self._says("growing")
+
+    def _says(self, name: str) -> bool:
         with suppress(ValueError):
-            return bool((self._plan_document() or {}).get("growing"))
+            return bool((self._plan_document() or {}).get(name))
         return False
 
-    def outgrown(self, plan: DenoisePlan) -> list[str]:
-        """Slabs that a plan that grows must do again: those that ended where the volume did, or before a slab does."""
-        settings = self.settings() or {}
-        last, ended = Box.parse(settings["roi"]).z.stop, settings["source shape"][0]
-        ends = [slab.key for slab in plan.slabs if slab.keep.z.start < last <= slab.keep.z.stop]
+    def outgrown(self, plan: DenoisePlan) -> list[Slab]:
+        """Slabs that a plan that grows must do again: the last ones, but of a run that knew that more would come."""
+        last = Box.parse((self.settings() or {})["roi"]).z.stop
         whole = (last - plan.box.z.start) % plan.slab[0] == 0
-        return [] if whole and last < ended else ends
+        ends = [slab for slab in plan.slabs if slab.keep.z.start < last <= slab.keep.z.stop]
+        return [] if whole and self.growing() else ends
 
-    def begun_slices(self) -> tuple[int, int] | None:
-        """Where the slices end that it was begun for, and where its source ended then; None if it is not begun."""
+    def statistics_for(self, plan: DenoisePlan) -> SliceStatistics | None:
+        """The kept statistics that hold for a plan: of slabs that are outgrown, slices may not have been whole."""
+        kept = self.statistics()
+        if kept is None or not self.grows(plan) or not (again := self.outgrown(plan)):
+            return kept
+        start = min(slab.keep.z.start for slab in again)
+        return kept.of(Span(kept.z.start, start)) if start > kept.z.start else None
+
+    def surely_there(self) -> int:
+        """Slices of the source that a run has denoised, or used as the last one's neighbour; 0 if it is not begun."""
         settings = self.settings()
-        return None if settings is None else (Box.parse(settings["roi"]).z.stop, int(settings["source shape"][0]))
+        if settings is None:
+            return 0
+        stop = Box.parse(settings["roi"]).z.stop
+        return stop + (self.growing() and int(settings["source shape"][0]) > stop)
+
+    def denoised_up_to(self) -> int:
+        """Where the slices end that it was begun for; 0 if it is not begun."""
+        settings = self.settings()
+        return 0 if settings is None else Box.parse(settings["roi"]).z.stop
 
     def begun(self) -> bool:
         """Whether a plan has claimed the output."""
@@ -237,14 +264,17 @@ class Ledger:
 
     def put_measured(self, part: MeasuredBox) -> None:
         """Keep what was measured in one box, until all are and put_statistics keeps the whole."""
-        storage.write_document(f"{self.url}/measured/{slab_key(part[0])}.json", document_of(part))
+        storage.write_document(f"{self.url}/measured/{box_key(part[0])}.json", document_of(part))
 
     def measured(self) -> set[str]:
-        """Keys (slab_key) of the boxes that put_measured kept; a listing."""
+        """Keys (box_key) of the boxes that put_measured kept; a listing."""
         return {name.removesuffix(".json") for name in storage.list_sizes(f"{self.url}/measured")}
 
-    def all_measured(self) -> list[MeasuredBox]:
-        """What put_measured kept. Raises ValueError, once it is deleted, for what is damaged: it can be done again."""
+    def read_measured(self, keys: Iterable[str]) -> list[MeasuredBox]:
+        """What put_measured kept of some boxes.
+
+        Raises ValueError for what is not there, or is damaged, which is deleted: it can be done again.
+        """
 
         def read(key: str) -> MeasuredBox:
             url = f"{self.url}/measured/{key}.json"
@@ -255,7 +285,7 @@ class Ledger:
                 raise ValueError(f"{url} is damaged") from error
 
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            return list(pool.map(read, self.measured()))
+            return list(pool.map(read, keys))
 
     def forget_measured(self) -> None:
         """Delete what put_measured kept."""
@@ -271,6 +301,11 @@ class Ledger:
             document = storage.read_document(f"{self.url}/statistics.json")
             return None if document is None else SliceStatistics.from_dict(document)
         return None
+
+
+def box_key(box: Box) -> str:
+    """What the ledger calls a box of measured slices; of a volume that grows, a box may end sooner at first."""
+    return f"{slab_key(box)}-to-z{box.z.stop}"
 
 
 def _document_of(plan: DenoisePlan) -> dict[str, Any]:

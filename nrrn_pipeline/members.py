@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.lease import last_driver, member_url, wait_for_driver
+from nrrn_pipeline.lease import driver_names, last_driver, member_url, members, wait_for_driver
 from nrrn_pipeline.presence import Presence, Watch, has_ended
 
 MAX_MEMBERS = 100_000
@@ -74,11 +74,15 @@ class Member:
         self.presence.announce()
         try:
             while True:
-                yield from wait_for_driver(self.ledger_url)
+                gone = yield from wait_for_driver(self.ledger_url)
                 storage.write_document(self._url, self.presence.document("running"))
-                if has_ended(last_driver(self.ledger_url) or {}):  # none began while we did
+                if driver_names(self.ledger_url) == gone:  # none began while we did
                     break
                 storage.remove_file(self._url)
+            last = last_driver(self.ledger_url)
+            if last is not None and not has_ended(last):  # it died at work
+                for name in gone:
+                    storage.remove_file(f"{self.ledger_url}/drivers/{name}")
         except BaseException:
             self.presence.withdraw()
             raise
@@ -95,6 +99,21 @@ class Member:
             for key in list(self._claims):
                 self.drop(key)
             storage.remove_file(self._url)
+
+    def clear_up(self) -> bool:
+        """To be called when all is done, after `leave`: delete what processes that are gone left behind.
+
+        Whether no other is at work. Those that end at the same time all do it.
+        """
+        alive = False
+        for url in [member_url(self.ledger_url, owner) for owner in members(self.ledger_url)]:
+            if self._watch.is_alive(url):
+                alive = True
+            else:
+                storage.remove_file(url)
+        if not alive:
+            storage.remove_tree(f"{self.ledger_url}/claims")
+        return not alive
 
     def claim(self, key: str) -> bool:
         """Whether the piece of work is this process's now: not if another that may be alive has claimed it."""
@@ -140,9 +159,12 @@ class Member:
     def _is_held(self, url: str) -> bool:
         """Whether the process that claimed it may be alive."""
         try:
-            owner = (storage.read_document(url) or {}).get("owner")
+            claim = storage.read_document(url)
         except ValueError:
             return False  # torn: whoever wrote it does not rely on it
+        if claim is None:
+            return True  # dropped just now, and another may be about to claim it: what we deleted would be theirs
+        owner = claim.get("owner")
         return isinstance(owner, str) and self._watch.is_alive(member_url(self.ledger_url, owner))
 
     @property

@@ -65,7 +65,7 @@ def run_plan(
     for waited in wait_for_end(ledger.url):
         yield waiting(waited)
     replacing = overwrite and storage.exists(plan.group_url) and not _resumable(plan)
-    statistics = yield from _all_statistics(plan, runner, None if replacing else ledger.statistics())
+    statistics = yield from _all_statistics(plan, runner, None if replacing else ledger.statistics_for(plan))
     check_output(plan, overwrite)  # once more, as to measure takes long
     lease, state = Lease(ledger.url), "interrupted"
     try:
@@ -106,6 +106,8 @@ def check_output(plan: DenoisePlan, overwrite: bool = False) -> None:
             if not _damaged_but_ours(plan) and not ledger.grows(plan):
                 ledger.refuse_others(plan)
         elif storage.exists(url) and not _is_bare_claim(plan):
+            if ledger.begun():  # by another process, just now
+                return check_output(plan, overwrite)
             raise InputError(f"{url} exists and was not made by nrrn denoise: choose another output, or --overwrite")
         storage.check_writable(url)
     except OSError as error:
@@ -204,10 +206,15 @@ def _all_statistics(
     if kept is None:
         return (yield from _measure(plan, runner, plan.statistics_z))
     refuse_changed_source(plan, kept)
-    if kept.z.stop >= plan.statistics_z.stop:
+    if covers(kept, plan):
         return kept
     later = yield from _measure(plan, runner, Span(kept.z.stop, plan.statistics_z.stop))
     return kept.followed_by(later)
+
+
+def covers(kept: SliceStatistics | None, plan: DenoisePlan) -> bool:
+    """Whether all slices that the plan needs were measured."""
+    return kept is not None and kept.z.stop >= plan.statistics_z.stop
 
 
 def _measure(plan: DenoisePlan, runner: Runner, z: Span) -> Generator[Progress, None, SliceStatistics]:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
-from nrrn_pipeline import presence
+from nrrn_pipeline import presence, storage
 from nrrn_pipeline.errors import GO_ON, InputError, RunError, SlabsFailedError
-from nrrn_pipeline.ledger import Ledger
+from nrrn_pipeline.geometry import Box, Span
+from nrrn_pipeline.ledger import Ledger, box_key
 from nrrn_pipeline.members import Member, Share
-from nrrn_pipeline.planning import DenoisePlan, slab_key
+from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.retrying import reason_of
 from nrrn_pipeline.run import (
     Progress,
     Tally,
     check_output,
+    covers,
     create_output,
     finish_output,
     forget_torn,
@@ -59,30 +62,42 @@ def run_share(plan: DenoisePlan, share: Share, runner: Runner, device: str = "au
         raise RunError(f"the output {plan.group_url}: {reason_of(error)}; {GO_ON}") from error
     finally:
         member.leave()
+    with suppress(OSError):  # all is done: what is left behind does no harm
+        if member.clear_up():
+            storage.remove_partials(plan.group_url)
 
 
 def _statistics(plan: DenoisePlan, runner: Runner, member: Member) -> Generator[Progress, None, SliceStatistics]:
     """All slices' mean and std, of which this process measures a part; another may merge them."""
     ledger = Ledger(plan.target.url)
-    if (kept := ledger.statistics()) is not None:
+    kept = ledger.statistics()
+    if kept is not None:
         refuse_changed_source(plan, kept)
-    boxes = {slab_key(box): box for box in statistics_boxes(plan.source, plan.statistics_z)}
+    missing = plan.statistics_z if kept is None else Span(kept.z.stop, plan.statistics_z.stop)
+    boxes = {box_key(box): box for box in statistics_boxes(plan.source, missing)} if len(missing) > 0 else {}
     names = {f"{MERGING}-{key}": key for key in boxes}
+
+    def boxes_for(left: set[str]) -> Iterator[Box]:
+        for name in member.claimed(list(names), left):
+            if storage.list_sizes(f"{ledger.url}/measured", beginning=f"{names[name]}."):  # by who had claimed it
+                member.drop(name)
+            else:
+                yield boxes[names[name]]
+
     pauses = _Pauses()
-    while kept is None:
+    while kept is None or not covers(kept, plan):
         done = ledger.measured()
         yield Progress("statistics", len(done & boxes.keys()), len(boxes))
         left = {name for name, key in names.items() if key not in done}
         if left:
             worked = False
-            claimed = (boxes[names[name]] for name in member.claimed(list(names), left))
-            for outcome in runner(partial(measure_box, plan.source), claimed):
+            for outcome in runner(partial(measure_box, plan.source), boxes_for(left)):
                 ledger.put_measured(measured(plan.source, outcome))
-                member.drop(f"{MERGING}-{slab_key(outcome.item)}")
+                member.drop(f"{MERGING}-{box_key(outcome.item)}")
                 worked = True
             pauses.after(worked)
         elif member.claim(MERGING):
-            _merge(ledger)
+            _merge(ledger, plan, list(boxes))
             member.drop(MERGING)
         else:
             pauses.after(False)
@@ -90,12 +105,16 @@ def _statistics(plan: DenoisePlan, runner: Runner, member: Member) -> Generator[
     return kept
 
 
-def _merge(ledger: Ledger) -> None:
+def _merge(ledger: Ledger, plan: DenoisePlan, keys: Sequence[str]) -> None:
+    """Put together what all have measured, unless another did so, and has cleared up perhaps."""
+    kept = ledger.statistics()
+    if covers(kept, plan):
+        return
     try:
-        parts = ledger.all_measured()
+        later = merge_boxes(ledger.read_measured(keys))
     except ValueError:
         return  # what was damaged is deleted, and measured again
-    ledger.put_statistics(merge_boxes(parts))
+    ledger.put_statistics(later if kept is None else kept.followed_by(later))
 
 
 def _slabs(

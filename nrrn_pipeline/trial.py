@@ -101,9 +101,7 @@ def rows_of(found: Found) -> dict[str, str]:
     """For people: what was found, a line each, with what to mend."""
     facts = found.facts
     skew = f"{found.clock_skew_s:+.2f} s"
-    alike = (
-        "as on this machine" if found.difference == 0 else f"within {found.difference} grey levels of here"
-    )
+    alike = "as on this machine" if found.difference == 0 else f"within {found.difference} grey levels of here"
     return {
         "cluster": found.where,
         "worker": f"{facts.host}, {facts.cores} cores",

@@ -1,4 +1,4 @@
-"""Before torch is imported, here and in every process that tests start; and the object stores of a session."""
+"""Before torch is imported, here and in every process that tests start; object stores and Slurm for a session."""
 
 import os
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.servers import ObjectStore, moto, seaweedfs
+from tests.slurm import Slurm, slurm_cluster
 
 # tests' tensors are small: a second thread saves nothing, and while it waits it spins on a core that a worker needs
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -23,3 +24,9 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
 def moto_s3() -> Iterator[ObjectStore]:
     with moto() as store:
         yield store
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as there, there.in_use():
+        yield there

@@ -90,7 +90,7 @@ class _Seen:
                 self.tried[job] = self.files[job]
             else:
                 self.tried.pop(job, None)
-            if result.state == "done" and self._files_of(job) != self.files[job]:
+            if result.state == "done" and self._files_of(job) not in ("", self.files[job]):
                 reason = (
                     f"{job.source} was written to while it was denoised: delete {job.output}, and watch it with a "
                     "longer --every"

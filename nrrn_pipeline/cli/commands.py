@@ -34,6 +34,7 @@ from nrrn_pipeline.cli.options import (
     StorageOptions,
     Tile,
     Workers,
+    parse_following,
     parse_layout,
     parse_roi,
     parse_share,
@@ -81,8 +82,8 @@ def denoise(  # one parameter an option: that is how the command line is declare
     overwrite: Overwrite = False,
     shard_of: ShardOf = None,
     follow: Follow = False,
-    every: Every = 60.0,
-    settle: Settle = 60.0,
+    every: Every = None,
+    settle: Settle = None,
     storage_options: StorageOptions = None,  # noqa: ARG001  (in force once it is parsed)
 ) -> None:
     """Denoise SRC into DST. Interrupted? Run the same command again: it goes on where it was.
@@ -102,13 +103,14 @@ def denoise(  # one parameter an option: that is how the command line is declare
         overwrite=overwrite,
         share=parse_share(shard_of),
     )
+    looks = parse_following(follow, every, settle)
     with progress_bar(GO_ON) as bar:
-        if follow:
-            summary = following.follow(source, output, weights, options, following.Following(every, settle), Watch(bar))
+        if looks:
+            summary = following.follow(source, output, weights, options, looks, Watch(bar))
         else:
             summary = api.denoise(source, output, weights, options, Watch(bar))
     if summary is None:
-        out.print(f"{output}: no slab of {source} is whole yet")
+        out.print(f"{output}: no new slab of {source} is whole yet")
         return
     speed = summary.voxels / summary.seconds
     done = counted(summary.slabs, "slab") + (f", {summary.resumed} of them done before" if summary.resumed else "")
@@ -257,7 +259,8 @@ def repair(
         out.print(f"{output} is whole: nothing to repair")
     else:
         again = counted(summary.done, "slab")
-        out.print(f"{summary.plan.group_url}: complete, {again} denoised again")
+        state = "growing" if summary.plan.growing else "complete"
+        out.print(f"{summary.plan.group_url}: {state}, {again} denoised again")
 
 
 @app.command()

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.following import Following
 from nrrn_pipeline.geometry import Box, Shape
 from nrrn_pipeline.members import Share
 from nrrn_pipeline.places import using_options
@@ -50,9 +51,11 @@ Follow = Annotated[
     bool, typer.Option("--follow", help="SRC still grows along z: denoise what there is, and more as it comes.")
 ]
 Every = Annotated[
-    float, typer.Option(metavar="S", help="With --follow: look every S seconds; 0: once, as a job each night does.")
+    float | None, typer.Option(metavar="S", help="With --follow: look every S seconds (60); 0: once, for nightly jobs.")
 ]
-Settle = Annotated[float, typer.Option(metavar="S", help="With --follow: slices count when there for S seconds.")]
+Settle = Annotated[
+    float | None, typer.Option(metavar="S", help="With --follow: slices count when there for S seconds (60).")
+]
 Keys = Annotated[str | None, typer.Option(help="Folder with the cluster's certificates, by nrrn cluster keys.")]
 Prefetch = Annotated[bool, typer.Option(help="Read the next slab, and write the last, while one computes.")]
 StorageOptions = Annotated[
@@ -87,6 +90,13 @@ def parse_layout(slab: str | None, chunk: str | None, shard: str | None, tile: i
 def parse_share(text: str | None) -> Share | None:
     """Raises InputError for a text that names no share."""
     return None if text is None else Share.parse(text)
+
+
+def parse_following(follow: bool, every: float | None, settle: float | None) -> Following | None:
+    """None without --follow. Raises InputError for times without it, or that cannot be."""
+    if not follow and (every is not None or settle is not None):
+        raise InputError("--every and --settle are for a volume that grows: give --follow too, or leave them out")
+    return Following(60.0 if every is None else every, 60.0 if settle is None else settle) if follow else None
 
 
 def parse_roi(text: str | None) -> Box | None:

@@ -13,6 +13,7 @@ from nrrn_pipeline.cluster.jobqueue_settings import (
 from nrrn_pipeline.cluster.keys import make_keys
 from nrrn_pipeline.cluster.kinds import load_settings, started
 from nrrn_pipeline.cluster.local import LocalSettings, local_client
+from nrrn_pipeline.cluster.ssh import SshSettings
 
 __all__ = [
     "AddressSettings",
@@ -24,6 +25,7 @@ __all__ = [
     "PbsSettings",
     "SgeSettings",
     "SlurmSettings",
+    "SshSettings",
     "address_client",
     "load_settings",
     "local_client",

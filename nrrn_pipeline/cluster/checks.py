@@ -50,16 +50,22 @@ class Demand:
 
 
 def refuse_unfit_workers(client: Client, plans: Sequence[DenoisePlan], device: str) -> None:
-    """Ask every worker there is. Raises InputError, naming workers and what they lack; the output stays as it was."""
-    for plan in plans:
+    """Ask every worker there is. Raises InputError, naming workers and what they lack; outputs stay as they were.
+
+    Of several plans one that can be done is enough: the others will say for themselves what is wrong.
+    """
+    refusals = []
+    for plan in plans[:MOST_SHOWN]:
         content = uuid.uuid4().bytes
         with storage.probe(plan.group_url, content) as token:
             demand = Demand(versions(), options_text(), device, plan.source, plan.weights, (token, content))
             found = client.run(trouble_here, demand, on_error="return")
         troubled = {worker: _said(answer) for worker, answer in found.items() if answer}
-        if troubled:
-            shown = "; ".join(f"{worker}: {said}" for worker, said in sorted(troubled.items())[:MOST_SHOWN])
-            raise InputError(f"{len(troubled)} of {len(found)} workers cannot do this run: {shown}")
+        if not troubled:
+            return
+        shown = "; ".join(f"{worker}: {said}" for worker, said in sorted(troubled.items())[:MOST_SHOWN])
+        refusals.append(f"{len(troubled)} of {len(found)} workers cannot do this run: {shown}")
+    raise InputError(refusals[0])
 
 
 def trouble_here(demand: Demand, dask_worker: Any = None) -> str:

@@ -207,7 +207,7 @@ class Jobs:
             self._cluster.sync(self._open)
         except (OSError, RuntimeError, ValueError) as error:
             self._cluster.sync(self._drop, [name for name, job in self._cluster.workers.items() if job.job_id is None])
-            said = str(error).rpartition("stderr:\n")[2].strip() or str(error)
+            said = " ".join((str(error).rpartition("stderr:\n")[2].strip() or str(error)).split())
             raise InputError(
                 f"{self._settings.kind} refuses the worker jobs ({said}): correct queue, account, size or time"
             ) from error

@@ -52,6 +52,7 @@ def _word(text: str) -> str:
 
 
 Line = Annotated[str, AfterValidator(_line)]
+Seconds = Annotated[int, Field(ge=0)]
 Word = Annotated[str, AfterValidator(_word)]
 
 
@@ -69,9 +70,9 @@ class JobQueueSettings(ClusterSettings):
     "module load cuda". directives: what else to tell the system, a line each, such as "--constraint=a100".
 
     stop_before: seconds before the walltime ends from which a worker takes no more slabs, so that none is lost; None: a
-    tenth of it, 300 at most; 0: none. grace: seconds that the system leaves between SIGTERM and SIGKILL. replacements:
-    jobs that may come and go without a slab done meanwhile before the run is given up. patience: seconds that a run may
-    be without any worker, as when all are queued.
+    tenth of it, 300 at most; 0: none. grace: seconds to finish what is held after SIGTERM, fewer than the system leaves
+    until SIGKILL (Slurm: KillWait, 30 by default). replacements: jobs that may come and go without a slab done
+    meanwhile before the run is given up. patience: seconds that a run may be without any worker, as when all queue.
     """
 
     workers: Annotated[int, Field(ge=1)]
@@ -88,8 +89,8 @@ class JobQueueSettings(ClusterSettings):
     python: Word | None = None
     prologue: tuple[str, ...] = ()
     directives: tuple[Line, ...] = ()
-    stop_before: Annotated[int, Field(ge=0)] | None = None
-    grace: Annotated[int, Field(ge=0)] = 20
+    stop_before: Seconds | None = None
+    grace: Seconds = 20
     replacements: Annotated[int, Field(ge=1)] = 10
     patience: Annotated[float, Field(gt=0)] = A_DAY_S
 
@@ -163,6 +164,7 @@ class PbsSettings(JobQueueSettings):
     """Jobs of PBS Professional, OpenPBS and others with `select`."""
 
     kind: Literal["pbs"] = "pbs"
+    grace: Seconds = 8  # PBS leaves 10 unless its kill_delay says otherwise
     CLUSTER = "PBSCluster"
     COMMANDS = ("qsub", "qdel", "qselect")
 
@@ -186,6 +188,7 @@ class LsfSettings(JobQueueSettings):
     """Jobs of LSF; `account` is its project."""
 
     kind: Literal["lsf"] = "lsf"
+    grace: Seconds = 8  # LSF leaves 10 unless its JOB_TERMINATE_INTERVAL says otherwise
     CLUSTER = "LSFCluster"
     COMMANDS = ("bsub", "bkill", "bjobs")
 

@@ -23,10 +23,19 @@ from nrrn_pipeline.cluster.jobqueue_settings import (
 from nrrn_pipeline.cluster.kubernetes import kubernetes_cluster
 from nrrn_pipeline.cluster.kubernetes_settings import KubernetesSettings
 from nrrn_pipeline.cluster.local import LocalSettings, local_client
+from nrrn_pipeline.cluster.ssh import SshSettings, ssh_cluster
 from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.network import gpu_count
 
 AnySettings = Annotated[
-    LocalSettings | AddressSettings | SlurmSettings | PbsSettings | LsfSettings | SgeSettings | KubernetesSettings,
+    LocalSettings
+    | AddressSettings
+    | SlurmSettings
+    | PbsSettings
+    | LsfSettings
+    | SgeSettings
+    | KubernetesSettings
+    | SshSettings,
     Field(discriminator="kind"),
 ]
 _ADAPTER: TypeAdapter[ClusterSettings] = TypeAdapter(AnySettings)
@@ -70,13 +79,17 @@ def started(settings: ClusterSettings, slabs_each: int) -> Iterator[Cluster]:
     """
     match settings:
         case LocalSettings():
-            with local_client(settings.workers or 1, slabs_each) as client:
-                yield Cluster(client, f"this machine, dashboard {client.dashboard_link}")
+            with local_client(settings.workers or 1, slabs_each, gpu_count(), settings.processes) as client:
+                port = client.scheduler_info()["services"].get("dashboard")
+                yield Cluster(client, f"this machine, dashboard http://127.0.0.1:{port}/status")
         case AddressSettings():
             with address_client(settings.address, settings.keys) as client:
                 yield Cluster(client, f"{settings.address}, dashboard {client.dashboard_link}")
         case JobQueueSettings():
             with jobqueue_cluster(settings, slabs_each) as cluster:
+                yield cluster
+        case SshSettings():
+            with ssh_cluster(settings, slabs_each) as cluster:
                 yield cluster
         case KubernetesSettings():
             with kubernetes_cluster(settings, slabs_each) as cluster:

@@ -68,6 +68,7 @@ def _started(workers: int, slabs_each: int, gpus: int | None) -> Iterator[LocalC
             processes=gpus is not None,
             memory_limit=0,  # the plan bounds memory before the run; nothing here can be spilled
             host=None if gpus is None else "127.0.0.1",
+            worker_dashboard_address="127.0.0.1:0",
             dashboard_address=f"127.0.0.1:{free_port(DASHBOARD_PORT)}",
             # not in the environment before they start, where Dask would keep it for the next
             **({} if gpus is None else {"env": {GPUS: str(gpus)}}),

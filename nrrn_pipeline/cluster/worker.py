@@ -35,7 +35,8 @@ def dask_setup(worker: Any) -> None:
     driver, which says it in one line; the worker would print its traceback besides.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.getLogger("distributed.worker").setLevel(logging.CRITICAL)
+    # what it says of itself stays: Dask's ssh waits for the words that a worker started
+    logging.getLogger("distributed.worker").addFilter(lambda record: record.levelno < logging.WARNING)
     if (gpus := int(os.environ.get(GPUS, "0"))) > 1:
         _take_gpu(int(worker.name), gpus)
     leaving, loop = Leaving(worker), asyncio.get_running_loop()

@@ -74,9 +74,9 @@ def lab(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(lab: Path, cluster: str, device: str = "cpu") -> api.Summary:
+def run(lab: Path, cluster: str, device: str = "cpu", output: Path | None = None) -> api.Summary:
     options = Options(cluster=cluster, layout=LAYOUT, device=device)
-    return denoise(lab / "raw.zarr", lab / "out.zarr", lab / "w.safetensors", options)
+    return denoise(lab / "raw.zarr", output or lab / "out.zarr", lab / "w.safetensors", options)
 
 
 def refused(lab: Path, cluster: str, device: str = "cpu") -> str:
@@ -123,8 +123,7 @@ def test_an_output_folder_that_is_another_one_there_is_named(lab: Path, schedule
         worker(scheduler, tmp_path_factory.mktemp("worker"), before=shadow),
         pytest.raises(InputError, match=r"the output .*outputs.* is another folder there, or none"),
     ):
-        options = Options(cluster=scheduler, layout=LAYOUT, device="cpu")
-        denoise(lab / "raw.zarr", outputs / "out.zarr", lab / "w.safetensors", options)
+        run(lab, scheduler, output=outputs / "out.zarr")
     assert list(outputs.iterdir()) == []
 
 
@@ -196,12 +195,11 @@ def test_bytes_are_those_of_a_serial_run(lab: Path, scheduler: str, tmp_path_fac
 
 
 def test_all_workers_are_asked(lab: Path, scheduler: str, tmp_path_factory: Any) -> None:
+    plan = api.make_plan(lab / "raw.zarr", lab / "out.zarr", lab / "w.safetensors", Options(layout=LAYOUT))
     with (
         worker(scheduler, tmp_path_factory.mktemp("worker")),
         worker(scheduler, tmp_path_factory.mktemp("worker"), code=HIDDEN),
         Client(scheduler) as client,
         pytest.raises(InputError, match="1 of 2 workers cannot do this run"),
     ):
-        client.wait_for_workers(2, timeout=60)
-        plan = api.make_plan(lab / "raw.zarr", lab / "out.zarr", lab / "w.safetensors", Options(layout=LAYOUT))
         refuse_unfit_workers(client, [plan], "cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from nrrn_pipeline import InputError, Layout, Options, RunWatch, api, denoise, slab, verify
 from nrrn_pipeline.following import Following, follow
 from nrrn_pipeline.geometry import Box
+from nrrn_pipeline.members import Share
 from nrrn_pipeline.planning import Method
 from nrrn_pipeline.volume import open_volume, written_slices
 from tests.support import bare_zarr, image_like, stored_chunks, tiny_weights
@@ -222,3 +224,102 @@ def test_a_finished_output_does_not_grow_unless_it_is_asked_to(tmp_path: Path) -
     microscope.write_up_to(12)
     with pytest.raises(InputError, match="source shape was"):
         denoise(microscope.path, tmp_path / "out.zarr", weights, options())
+
+
+def once(tmp_path: Path, voxels: NDArray[Any], weights: Path) -> dict[str, bytes]:
+    denoise(bare_zarr(tmp_path / "whole.zarr", voxels), tmp_path / "once.zarr", weights, options())
+    return stored_chunks(tmp_path / "once.zarr/0")
+
+
+def test_members_finish_what_was_followed(tmp_path: Path) -> None:
+    voxels = image_like((22, SIDE, SIDE))
+    weights, microscope = tiny_weights(tmp_path / "w.safetensors"), Microscope(tmp_path / "raw.zarr", voxels, 1)
+    microscope.write_up_to(10)
+    follow(microscope.path, tmp_path / "out.zarr", weights, options(), NOW)
+    microscope.write_up_to(22)
+    denoise(microscope.path, tmp_path / "out.zarr", weights, replace(options(), share=Share(0, 1)))
+    assert stored_chunks(tmp_path / "out.zarr/0") == once(tmp_path, voxels, weights)
+    assert api.status(tmp_path / "out.zarr").state == "complete"
+
+
+def test_a_repair_lets_nothing_count_that_is_not_written_yet(tmp_path: Path) -> None:
+    voxels = image_like((32, SIDE, SIDE))
+    weights = tiny_weights(tmp_path / "w.safetensors")
+    array = zarr.create_array(tmp_path / "raw.zarr", shape=voxels.shape, chunks=(1, 16, 16), dtype="uint8")
+    array[:20] = voxels[:20]
+    follow(tmp_path / "raw.zarr", tmp_path / "out.zarr", weights, options(), NOW)
+    next((tmp_path / "out.zarr/0").glob("c/*/*/*")).unlink()
+    assert len(api.repair(tmp_path / "out.zarr", options=options())[0]) == 1
+    follow(tmp_path / "raw.zarr", tmp_path / "out.zarr", weights, options(), NOW)
+    assert open_volume(tmp_path / "out.zarr").shape[0] == 16
+    array[20:] = voxels[20:]
+    denoise(tmp_path / "raw.zarr", tmp_path / "out.zarr", weights, options())
+    assert stored_chunks(tmp_path / "out.zarr/0") == once(tmp_path, voxels, weights)
+
+
+def test_slices_that_a_plain_run_met_half_written_are_measured_again(tmp_path: Path) -> None:
+    voxels = image_like((21, SIDE, SIDE))
+    weights, microscope = tiny_weights(tmp_path / "w.safetensors"), Microscope(tmp_path / "raw.zarr", voxels, 1)
+    microscope.write_up_to(10)
+    microscope.array[9, SIDE // 2 :] = 0
+    denoise(microscope.path, tmp_path / "out.zarr", weights, options())
+    microscope.array[9] = voxels[9]
+    microscope.write_up_to(14)
+    follow(microscope.path, tmp_path / "out.zarr", weights, options(), NOW)
+    microscope.write_up_to(21)
+    denoise(microscope.path, tmp_path / "out.zarr", weights, options())
+    assert stored_chunks(tmp_path / "out.zarr/0") == once(tmp_path, voxels, weights)
+
+
+def test_the_last_run_needs_no_layout_and_can_be_run_again(tmp_path: Path) -> None:
+    voxels = image_like((22, SIDE, SIDE))
+    weights, microscope = tiny_weights(tmp_path / "w.safetensors"), Microscope(tmp_path / "raw.zarr", voxels, 1)
+    microscope.write_up_to(10)
+    follow(microscope.path, tmp_path / "out.zarr", weights, options(), NOW)
+    microscope.write_up_to(22)
+    for _ in range(2):
+        denoise(microscope.path, tmp_path / "out.zarr", weights, options(Layout(tile=24)))
+    assert stored_chunks(tmp_path / "out.zarr/0") == once(tmp_path, voxels, weights)
+
+
+def test_growth_that_was_interrupted_is_called_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    voxels = image_like((22, SIDE, SIDE))
+    weights, microscope = tiny_weights(tmp_path / "w.safetensors"), Microscope(tmp_path / "raw.zarr", voxels, 1)
+    microscope.write_up_to(10)
+    follow(microscope.path, tmp_path / "out.zarr", weights, options(), NOW)
+    microscope.write_up_to(22)
+
+    def killed(*_: Any) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr("nrrn_pipeline.run.create_output", killed)
+        denoise(microscope.path, tmp_path / "out.zarr", weights, options())
+    assert verify(tmp_path / "out.zarr")[0].endswith("run the same nrrn denoise again")
+    with pytest.raises(InputError, match="run the same nrrn denoise again$"):
+        api.repair(tmp_path / "out.zarr")
+    denoise(microscope.path, tmp_path / "out.zarr", weights, options())
+    assert stored_chunks(tmp_path / "out.zarr/0") == once(tmp_path, voxels, weights)
+
+
+def test_a_look_that_meets_torn_metadata_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    voxels = image_like((12, SIDE, SIDE))
+    weights, microscope = tiny_weights(tmp_path / "w.safetensors"), Microscope(tmp_path / "raw.zarr", voxels, 1)
+    microscope.write_up_to(6)
+    metadata, notes, looks = microscope.path / "zarr.json", [], iter(range(4))
+    whole = metadata.read_bytes()
+
+    def sleep(_: float) -> None:
+        look = next(looks, None)
+        if look is None:
+            raise KilledError
+        metadata.write_bytes(whole[:10] if look == 0 else whole)
+
+    class Notes(RunWatch):
+        def progressed(self, progress: Any) -> None:
+            notes.append(progress.note)
+
+    monkeypatch.setattr("nrrn_pipeline.following.time.sleep", sleep)
+    with pytest.raises(KilledError):
+        follow(microscope.path, tmp_path / "out.zarr", weights, options(), Following(1, 0), Notes())
+    assert [note for note in notes if note.endswith("looking again")]
