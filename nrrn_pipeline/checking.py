@@ -55,7 +55,7 @@ def check(output: str | os.PathLike[str], deep: bool = False) -> Iterator[Checke
     volume = open_volume(output)
     ledger = Ledger(volume.url)
     slabs, settings = ledger.slabs(), ledger.settings() or {}
-    for problem in _differences(volume, settings):
+    for problem in _differences(volume, settings, ledger.followed()):
         yield Checked(0, len(slabs), problem)
     recorded = ledger.done()
     origin = Box.parse(settings["roi"])
@@ -137,10 +137,10 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) and abs(value) < 2**60 else 0.0
 
 
-def _differences(volume: Volume, settings: dict[str, Any]) -> Iterator[str]:
+def _differences(volume: Volume, settings: dict[str, Any], followed: bool) -> Iterator[str]:
     """What the array's metadata say otherwise than the settings that it was begun with."""
     begun_shape = Box.parse(settings["roi"]).shape
-    if volume.shape[0] < begun_shape[0] and volume.shape[1:] == begun_shape[1:]:
+    if followed and volume.shape[0] < begun_shape[0] and volume.shape[1:] == begun_shape[1:]:
         yield GROWTH_BROKE_OFF
         return
     facts = {

@@ -118,7 +118,8 @@ def _is_bare_claim(plan: DenoisePlan) -> bool:
     """Whether there is nothing but a ledger's files: a driver was killed before it began, or when all was deleted."""
     ledger = f"{plan.target.level_path}/nrrn/"
     files = [] if is_zarr(plan.group_url) else storage.list_tree(plan.group_url, partials=True)
-    return bool(files) and all(name.startswith(ledger) for name in files)
+    ours = [name.startswith(ledger) or ".probe" in name for name in files]  # another may look whether it can write
+    return all(ours) if ours else not storage.listed(plan.group_url)  # a file, else one that looks has just gone
 
 
 def _damaged_but_ours(plan: DenoisePlan) -> bool:

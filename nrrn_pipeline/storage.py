@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO
 
 from nrrn_pipeline.errors import StorageError
 from nrrn_pipeline.places import can_list, files_of
@@ -70,10 +70,9 @@ def _place_exclusively(partial: str, path: str) -> None:
 
 def _write_aside(path: str, data: bytes, place: Callable[[str, str], None]) -> None:
     """Write a partial file beside `path`, then put it there in one step."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     partial = f"{path}.{uuid.uuid4().hex}.partial"
     try:
-        with open(partial, "wb") as file:
+        with _opened_in_new_folder(partial) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # else a power failure may leave the name without the bytes
@@ -81,6 +80,15 @@ def _write_aside(path: str, data: bytes, place: Callable[[str, str], None]) -> N
     finally:
         with suppress(FileNotFoundError):  # it may never have been made, or be in its place
             os.unlink(partial)
+
+
+def _opened_in_new_folder(path: str) -> BinaryIO:
+    """The file, to be written, in a folder that another process may delete while it is empty."""
+    for _ in range(_REREADS):
+        with suppress(FileNotFoundError):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            return open(path, "wb")
+    return open(path, "wb")
 
 
 def read_file(url: str, start: int = 0, stop: int | None = None) -> bytes | None:
@@ -243,9 +251,9 @@ def exists(url: str) -> bool:
         try:
             if files.info(path)["type"] == "file":
                 return True
-        except _NOT_THERE:
+            return any(any(names) for _, _, names in files.walk(path, on_error="raise"))  # "": a folder's mark
+        except _NOT_THERE:  # or no more: another process has just deleted it
             return False
-        return any(any(names) for _, _, names in files.walk(path, on_error="raise"))  # "": a folder's mark
 
     return retried(url, request)
 

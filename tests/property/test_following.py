@@ -292,11 +292,12 @@ def test_growth_that_was_interrupted_is_called_so(tmp_path: Path, monkeypatch: p
     def killed(*_: Any) -> None:
         raise KilledError
 
-    with monkeypatch.context() as patch, pytest.raises(KilledError):
+    with monkeypatch.context() as patch:
         patch.setattr("nrrn_pipeline.run.create_output", killed)
-        denoise(microscope.path, tmp_path / "out.zarr", weights, options())
+        with pytest.raises(KilledError):
+            denoise(microscope.path, tmp_path / "out.zarr", weights, options())
     assert verify(tmp_path / "out.zarr")[0].endswith("run the same nrrn denoise again")
-    with pytest.raises(InputError, match="run the same nrrn denoise again$"):
+    with pytest.raises(InputError, match=r"run the same nrrn denoise again$"):
         api.repair(tmp_path / "out.zarr")
     denoise(microscope.path, tmp_path / "out.zarr", weights, options())
     assert stored_chunks(tmp_path / "out.zarr/0") == once(tmp_path, voxels, weights)
