@@ -82,7 +82,9 @@ class Ledger:
 
     def mend(self, plan: DenoisePlan) -> None:
         """Write settings again that are damaged, or outgrown."""
-        storage.write_document(f"{self.url}/plan.json", _document_of(plan) | {"followed": self.followed()})
+        storage.write_document(
+            f"{self.url}/plan.json", _document_of(plan) | ({"followed": True} if self.followed() else {})
+        )
 
     def refuse_others(self, plan: DenoisePlan) -> None:
         """Raises InputError, naming what differs, if the output is gone or was begun with other settings."""

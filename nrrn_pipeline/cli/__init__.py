@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ def _sigterm_like_ctrl_c() -> Iterator[None]:
 
     def interrupt(number: int, _: object) -> NoReturn:
         signal.signal(number, signal.SIG_IGN)  # batch systems send it again, which would break off the cleaning up
+        logging.disable()  # workers that got it too are dying, of which Dask would tell at length
         received.append(number)
         raise KeyboardInterrupt
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nrrn_pipeline import Layout, Options, RunError, RunWatch, denoise, lease, verify
+from nrrn_pipeline import Layout, Options, RunError, RunWatch, denoise, presence, verify
 from nrrn_pipeline.run import Progress
 from tests.faults.drivers import Nursery, nursery
 from tests.support import bare_zarr, stored_chunks, tiny_weights
@@ -131,7 +131,7 @@ class TurnsReadOnly(RunWatch):
 def test_a_disk_that_turns_read_only_ends_the_run_and_one_that_turns_back_lets_it_finish(
     small_disk: Path, noise: Noise, slabs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "LEASE_S", 0.1)  # this process, which could not give it back, lives on
+    monkeypatch.setattr(presence, "LEASE_S", 0.1)  # this process, which could not give it back, lives on
     output = small_disk / "out.zarr"
     remount(small_disk, "size=16m")
     with pytest.raises(RunError, match=r"Read-only file system.*run the same command again to go on") as error:

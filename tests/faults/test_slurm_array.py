@@ -161,14 +161,14 @@ def test_a_cancelled_task_leaves_its_share_to_the_others(bench: Bench) -> None:
 
 def test_tasks_whose_time_is_over_go_on_in_new_jobs(bench: Bench) -> None:
     array = bench.submit("short", "--array", "2", "--time", "0:01:00", "--stop-before", "15", slab_s=5.0)
-    requeued: Counter[str] = Counter()
+    requeued: dict[str, float] = {}
 
     def has_ended() -> bool:
         """Slurm would wait two minutes with a task that is requeued; too early it refuses it for good."""
         tasks = array.tasks()
         for task, state in tasks.items():
-            if state == "PENDING" and (times := array.interrupted(task)) > requeued[task]:
-                requeued[task] = times
+            if state == "PENDING" and array.interrupted(task) and time.monotonic() > requeued.get(task, 0.0) + 6:
+                requeued[task] = time.monotonic()
                 bench.slurm.run("scontrol", "update", f"jobid={array.job}_{task}", "starttime=now+3")
         return not tasks
 
