@@ -117,7 +117,9 @@ def check_output(plan: DenoisePlan, overwrite: bool = False) -> None:
 def _is_bare_claim(plan: DenoisePlan) -> bool:
     """Whether there is nothing but a ledger's files: a driver was killed before it began, or when all was deleted."""
     ledger = f"{plan.target.level_path}/nrrn/"
-    files = [] if is_zarr(plan.group_url) else storage.list_tree(plan.group_url, partials=True)
+    if is_zarr(plan.group_url):
+        return False
+    files = storage.list_tree(plan.group_url, partials=True)
     ours = [name.startswith(ledger) or ".probe" in name for name in files]  # another may look whether it can write
     return all(ours) if ours else not storage.listed(plan.group_url)  # a file, else one that looks has just gone
 

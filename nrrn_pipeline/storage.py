@@ -84,10 +84,11 @@ def _write_aside(path: str, data: bytes, place: Callable[[str, str], None]) -> N
 
 def _opened_in_new_folder(path: str) -> BinaryIO:
     """The file, to be written, in a folder that another process may delete while it is empty."""
-    for _ in range(_REREADS):
-        with suppress(FileNotFoundError):
+    for _ in range(100):
+        with suppress(FileNotFoundError, FileExistsError):  # makedirs says either
             os.makedirs(os.path.dirname(path), exist_ok=True)
             return open(path, "wb")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     return open(path, "wb")
 
 
