@@ -429,9 +429,13 @@ def _workers(plans: Sequence[DenoisePlan], options: Options) -> int:
     """Local workers that the options ask for. Raises InputError if this machine is asked for more than it can hold."""
     largest = max(plans, key=lambda made: worker_bytes(made, options.slabs_each))
     settings = options.cluster_settings
-    workers = settings.workers if isinstance(settings, LocalSettings) and settings.processes else None
-    if settings is None or (isinstance(settings, LocalSettings) and not settings.processes):
-        workers = 1
+    match settings:
+        case None | LocalSettings(processes=False):
+            workers: int | None = 1
+        case LocalSettings():
+            workers = settings.workers
+        case _:
+            workers = None
     if workers is None:
         on_gpu = options.here and choose_device(options.device).type == "cuda"
         fitting = default_workers(largest, gpu_count() if on_gpu else 0, options.slabs_each)

@@ -19,7 +19,6 @@ from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Span
 from nrrn_pipeline.ledger import Ledger
 from nrrn_pipeline.places import absolute
-from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.run import Progress
 from nrrn_pipeline.volume import Volume, open_volume, written_slices
 
@@ -56,12 +55,15 @@ def follow(
     options, watch = options or Options(), watch or RunWatch()
     _refuse_unfit(options)
     options = replace(options, layout=replace(options.layout, growing=True))
-    summary, done, told = None, 0, (-1, -1)
+    summary, depth, done, told = None, 0, 0, (-1, -1)
     for volume in _looks(source, output, options.level, following, watch):
-        made = _plan_so_far(volume, output, weights, options)
-        if made is not None and made.box.z.stop > done:
-            summary = run_planned(made, options, watch)
-            done = made.box.z.stop
+        depth = depth or _slab_depth(volume, output, weights, options)
+        stop = (volume.shape[0] - 1) // depth * depth  # the last slice of a slab needs a neighbour
+        # an output that was whole once waits for its last slab to be whole again
+        if stop > done and stop >= Ledger(f"{absolute(output)}/0").denoised_up_to():
+            part = Box(Span(0, stop), volume.box.y, volume.box.x)
+            summary = run_planned(plan_for(volume, output, weights, replace(options, roi=part)), options, watch)
+            done = stop
         if told != (volume.shape[0], done):
             told = volume.shape[0], done
             watch.looked(*told)
@@ -93,28 +95,24 @@ def _looks(source: Location, output: Location, level: int, following: Following,
             watch.progressed(Progress("following", 0, 0, note=f"{error}; looking again"))  # its writer may be at it
             time.sleep(following.every_s)
             continue
+        if volume.shape[0] < known:
+            raise InputError(
+                f"{source} has {volume.shape[0]} slices, and had {known} before: give what {output} was begun with, or "
+                "another output"
+            )
         now = time.monotonic()
         seen = [*seen, (now, written_slices(volume))]
         settled = [slices for when, slices in seen if now - when >= following.settle_s]
         seen = seen[max(0, len(settled) - 1) :]
-        known = max(known, *settled[-1:], 0)
+        known = max([known, *settled[-1:]])
         if settled or following.every_s > 0:
-            yield replace(volume, shape=(min(known, volume.shape[0]), *volume.shape[1:]))
+            yield replace(volume, shape=(known, *volume.shape[1:]))
         if settled and not following.every_s:
             return
         time.sleep(following.every_s or following.settle_s)
 
 
-def _plan_so_far(volume: Volume, output: Location, weights: Location, options: Options) -> DenoisePlan | None:
-    """The plan for the slabs that are whole, and whose last slice has a neighbour; None if there are none.
-
-    Raises InputError if the output was begun otherwise.
-    """
-    there = volume.shape[0]
-    whole = replace(volume, shape=(max(there, 1), *volume.shape[1:]))
-    depth = plan_for(whole, output, weights, options).slab[0]
-    stop = (there - 1) // depth * depth
-    if stop < max(1, Ledger(f"{absolute(output)}/0").denoised_up_to()):
-        return None  # where it was whole once, and the last slab is not whole again yet, too
-    part = Box(Span(0, stop), volume.box.y, volume.box.x)
-    return plan_for(volume, output, weights, replace(options, roi=part))
+def _slab_depth(volume: Volume, output: Location, weights: Location, options: Options) -> int:
+    """Slices of a slab, however many there are by now. Raises InputError if the volume cannot be denoised so."""
+    begun = replace(volume, shape=(max(volume.shape[0], 1), *volume.shape[1:]))
+    return plan_for(begun, output, weights, options).slab[0]

@@ -124,14 +124,15 @@ def wait_for_driver(ledger_url: str) -> Generator[float, None, list[str]]:
 
 
 def _wait_for_members(ledger_url: str) -> Generator[float, None, None]:
-    watch, started, first = Watch(), time.monotonic(), members(ledger_url)
+    watch, started, first = Watch(), time.monotonic(), dict[str, dict[str, Any]]()
     while now := members(ledger_url):
-        for owner, document in now.items():
+        for owner, document in [*now.items()]:
             if document != first.setdefault(owner, document) and not has_ended(document):
                 raise _at_work(document)
             if not watch.is_alive(member_url(ledger_url, owner)):
                 storage.remove_file(member_url(ledger_url, owner))
-        if not members(ledger_url):
+                del now[owner]
+        if not now:
             return
         yield time.monotonic() - started
         time.sleep(presence.LOOK_S)

@@ -118,11 +118,12 @@ class Ledger:
 
     def followed(self) -> bool:
         """Whether it ever grew, so that its slabs were cut when its source was not whole."""
-        return self._says("followed") or self._says("growing")
+        return self._says("followed", "growing")
 
-    def _says(self, name: str) -> bool:
+    def _says(self, *names: str) -> bool:
         with suppress(ValueError):
-            return bool((self._plan_document() or {}).get(name))
+            document = self._plan_document() or {}
+            return any(document.get(name) for name in names)
         return False
 
     def outgrown(self, plan: DenoisePlan) -> list[Slab]:
@@ -141,12 +142,11 @@ class Ledger:
         return kept.of(Span(kept.z.start, start)) if start > kept.z.start else None
 
     def surely_there(self) -> int:
-        """Slices of the source that a run has denoised, or used as the last one's neighbour; 0 if it is not begun."""
+        """Slices of the source that a run has denoised, or knew to be there while more were to come; 0 if not begun."""
         settings = self.settings()
         if settings is None:
             return 0
-        stop = Box.parse(settings["roi"]).z.stop
-        return stop + (self.growing() and int(settings["source shape"][0]) > stop)
+        return int(settings["source shape"][0]) if self.growing() else Box.parse(settings["roi"]).z.stop
 
     def denoised_up_to(self) -> int:
         """Where the slices end that it was begun for; 0 if it is not begun."""
@@ -271,6 +271,10 @@ class Ledger:
     def measured(self) -> set[str]:
         """Keys (box_key) of the boxes that put_measured kept; a listing."""
         return {name.removesuffix(".json") for name in storage.list_sizes(f"{self.url}/measured")}
+
+    def is_measured(self, key: str) -> bool:
+        """Whether put_measured kept one box."""
+        return bool(storage.list_sizes(f"{self.url}/measured", beginning=f"{key}."))
 
     def read_measured(self, keys: Iterable[str]) -> list[MeasuredBox]:
         """What put_measured kept of some boxes.

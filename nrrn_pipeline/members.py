@@ -118,18 +118,20 @@ class Member:
     def claim(self, key: str) -> bool:
         """Whether the piece of work is this process's now: not if another that may be alive has claimed it."""
         url = self._claim_url(key)
-        document = {"owner": self.presence.owner}
         self._claims.add(key)
-        if storage.write_document(url, document, new=True) or self.presence.is_owner_of(url):
+        if self._write_claim(url):
             return True
-        if self._is_held(url):
-            self._claims.discard(key)
-            return False
-        storage.remove_file(url)  # of several who do this at a time, one or more go on: all write the same
-        if storage.write_document(url, document, new=True) or self.presence.is_owner_of(url):
-            return True
+        if not self._is_held(url):
+            storage.remove_file(url)  # of several who do this at a time, one or more go on: all write the same
+            if self._write_claim(url):
+                return True
         self._claims.discard(key)
         return False
+
+    def _write_claim(self, url: str) -> bool:
+        """Whether it is there now, and this process's."""
+        written = storage.write_document(url, {"owner": self.presence.owner}, new=True)
+        return written or self.presence.is_owner_of(url)
 
     def drop(self, key: str) -> None:
         """The piece is done, or is somebody else's to do."""

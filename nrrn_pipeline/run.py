@@ -271,20 +271,22 @@ def _slabs(
 
 def forget_torn(plan: DenoisePlan) -> Generator[Progress, None, set[str]]:
     """The slabs that are recorded, and stored as their records say; others' records are deleted."""
-    ledger, recorded = Ledger(plan.target.url), Ledger(plan.target.url).done()
-    for key, wrong in ledger.torn(recorded, _units(plan), stored_units(plan.target)).items():
+    ledger, units = Ledger(plan.target.url), _units(plan)
+    recorded = ledger.done()
+    for key, wrong in ledger.torn(recorded, units, stored_units(plan.target)).items():
         ledger.forget(key)
         del recorded[key]
-        yield Progress("denoising", 0, len(plan.slabs), note=f"slab {key}: {wrong}; it is denoised again")
+        yield Progress("denoising", 0, len(units), note=f"slab {key}: {wrong}; it is denoised again")
     return set(recorded)
 
 
 def refuse_incomplete(plan: DenoisePlan) -> None:
     """Raises RunError if a slab is not recorded, or not stored as its record says."""
-    ledger, recorded = Ledger(plan.target.url), Ledger(plan.target.url).done()
-    if missing := {slab.key for slab in plan.slabs} - recorded.keys():
+    ledger, units = Ledger(plan.target.url), _units(plan)
+    recorded = ledger.done()
+    if missing := units.keys() - recorded.keys():
         raise RunError(f"{len(missing)} slabs have no record, such as {min(missing)}; {GO_ON}")
-    if torn := ledger.torn(recorded, _units(plan), stored_units(plan.target)):
+    if torn := ledger.torn(recorded, units, stored_units(plan.target)):
         raise RunError(f"{len(torn)} slabs were damaged meanwhile, such as {min(torn)}; {GO_ON}")
 
 

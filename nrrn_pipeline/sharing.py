@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -78,11 +78,8 @@ def _statistics(plan: DenoisePlan, runner: Runner, member: Member) -> Generator[
     names = {f"{MERGING}-{key}": key for key in boxes}
 
     def boxes_for(left: set[str]) -> Iterator[Box]:
-        for name in member.claimed(list(names), left):
-            if storage.list_sizes(f"{ledger.url}/measured", beginning=f"{names[name]}."):  # by who had claimed it
-                member.drop(name)
-            else:
-                yield boxes[names[name]]
+        for name in _claimed(member, list(names), left, lambda name: ledger.is_measured(names[name])):
+            yield boxes[names[name]]
 
     pauses = _Pauses()
     while kept is None or not covers(kept, plan):
@@ -129,11 +126,8 @@ def _slabs(
     yield tally.progress()
 
     def tasks(left: set[str]) -> Iterator[SlabTask]:
-        for key in member.claimed(list(slabs), left):
-            if ledger.is_done(key):  # by who had claimed it
-                member.drop(key)
-            else:
-                yield SlabTask(slabs[key], used.of(slabs[key].read.z))
+        for key in _claimed(member, list(slabs), left, ledger.is_done):
+            yield SlabTask(slabs[key], used.of(slabs[key].read.z))
 
     pauses = _Pauses()
     while left := slabs.keys() - done - (failed := _failed_since(ledger, done, failed_before)):
@@ -155,6 +149,15 @@ def _slabs(
     if failed:
         raise SlabsFailedError.of({key: ledger.failure(key)[0] for key in failed}, len(slabs))
     refuse_incomplete(plan)
+
+
+def _claimed(member: Member, pieces: Sequence[str], left: set[str], is_done: Callable[[str], bool]) -> Iterator[str]:
+    """What the member can claim and nobody has done meanwhile."""
+    for key in member.claimed(pieces, left):
+        if is_done(key):  # by who had claimed it
+            member.drop(key)
+        else:
+            yield key
 
 
 class _Pauses:

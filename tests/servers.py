@@ -102,7 +102,7 @@ def _session() -> botocore.session.Session:
 @contextmanager
 def seaweedfs(folder: Path) -> Iterator[ObjectStore]:
     """SeaweedFS with its data in a folder; it dies with this process."""
-    ports = _free_ports(
+    ports = free_ports(
         *(f"{server}.port{kind}" for server in ("master", "volume", "filer", "s3") for kind in ("", ".grpc"))
     )
     store = ObjectStore(f"http://127.0.0.1:{ports['s3.port']}")
@@ -171,7 +171,7 @@ def _get(port: int, path: str) -> tuple[int, bytes]:
         return response.status, response.read()
 
 
-def _free_ports(*names: str) -> dict[str, int]:
+def free_ports(*names: str) -> dict[str, int]:
     """A free port for each name, below those that the kernel gives away to outgoing connections."""
     ports: dict[str, int] = {}
     with ExitStack() as held:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import _free_ports
+from tests.servers import free_ports
 
 COMMANDS = ("slurmctld", "slurmd", "munged", "sbatch", "scancel", "squeue", "scontrol", "sinfo")
 NODES = ("n1", "n2", "n3")
@@ -129,7 +129,7 @@ def slurm_cluster(folder: Path) -> Iterator[Slurm]:
     for name in ("state", "log", *(f"spool/{node}" for node in NODES)):
         (folder / name).mkdir(parents=True)
     host = socket.gethostname().partition(".")[0]
-    ports = _free_ports("controller", *NODES)
+    ports = free_ports("controller", *NODES)
     (folder / "slurm.conf").write_text(CONFIGURATION.format(host=host, folder=folder, **ports))
     (folder / "gres.conf").write_text(GPUS)
     there, servers = Slurm(folder), []

@@ -25,12 +25,13 @@ def _memory(text: str) -> str:
 
 
 def _walltime(text: str) -> str:
-    if (seconds := _seconds(text)) is None or seconds < 60:
+    if (seconds := seconds_of(text)) is None or seconds < 60:
         raise ValueError(f"{text!r} is no time of a minute or more: give hours:minutes:seconds, such as 2:00:00")
     return text
 
 
-def _seconds(text: str) -> int | None:
+def seconds_of(text: str) -> int | None:
+    """Of a time such as 2:00:00 or 1-00:00:00; None for any other text."""
     match = DURATION.fullmatch(text)
     if match is None:
         return None
@@ -118,7 +119,7 @@ class JobQueueSettings(ClusterSettings):
     @property
     def walltime_s(self) -> int:
         """Seconds."""
-        return _seconds(self.walltime) or 0
+        return seconds_of(self.walltime) or 0
 
     @property
     def stop_s(self) -> int:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nrrn_pipeline.cluster.jobqueue_settings import A_DAY_S, DURATION
+from nrrn_pipeline.cluster.jobqueue_settings import seconds_of
 from nrrn_pipeline.errors import InputError, RunError, readable
 from nrrn_pipeline.members import MAX_MEMBERS
 
@@ -88,9 +88,7 @@ class ArrayJob:
     @property
     def walltime_s(self) -> int:
         """Seconds."""
-        match = DURATION.fullmatch(self.walltime)
-        days, hours, minutes, seconds = (int(part or 0) for part in match.groups()) if match else (0, 0, 0, 0)
-        return days * A_DAY_S + (hours * 60 + minutes) * 60 + seconds
+        return seconds_of(self.walltime) or 0
 
     @property
     def stop_s(self) -> int:

@@ -21,7 +21,7 @@ from nrrn_pipeline import Layout, Options, denoise
 from nrrn_pipeline.cluster import make_keys, ssh, started
 from nrrn_pipeline.cluster.ssh import SshSettings
 from nrrn_pipeline.errors import InputError
-from tests.servers import _free_ports
+from tests.servers import free_ports
 from tests.support import bare_zarr, image_like, stored_chunks, tiny_weights
 
 CONFIGURATION = """\
@@ -68,7 +68,7 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
     folder = tmp_path_factory.mktemp("sshd")
     for name in ("host", "user", "stranger"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-    port = _free_ports("sshd")["sshd"]
+    port = free_ports("sshd")["sshd"]
     (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {(folder / 'host.pub').read_text()}")
     (folder / "sshd_config").write_text(
         CONFIGURATION.format(folder=folder, python_path=os.environ.get("PYTHONPATH") or "/nowhere")

@@ -181,6 +181,21 @@ def test_slices_that_are_new_wait_until_they_are_settled(tmp_path: Path, monkeyp
     assert told[2] == (15.0, 10, 8)
     assert told[-1][1:] == (19, 16)
 
+    told.clear()
+    with pytest.raises(KilledError):  # begun again, it need not wait for what the first run knew to be there
+        follow(microscope.path, tmp_path / "out.zarr", weights, options(), Following(5, 10), Watch())
+    assert told[0][1:] == (19, 16)
+
+
+def test_a_source_that_shrinks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    voxels = image_like((12, SIDE, SIDE))
+    weights, microscope = tiny_weights(tmp_path / "w.safetensors"), Microscope(tmp_path / "raw.zarr", voxels, 1)
+    microscope.write_up_to(12)
+    monkeypatch.setattr("nrrn_pipeline.following.time.sleep", lambda _: microscope.array.resize((10, SIDE, SIDE)))
+    for every_s in (1, 0):  # under the run, and between two
+        with pytest.raises(InputError, match=r"raw\.zarr has 10 slices, and had 11 before: give what .*out\.zarr was"):
+            follow(microscope.path, tmp_path / "out.zarr", weights, options(), Following(every_s, 0))
+
 
 @pytest.mark.parametrize(
     ("asked", "named"),

@@ -182,8 +182,10 @@ def test_a_system_that_does_not_answer_has_lost_no_job(
         for _ in range(3):
             jobs.tend(0)
         (system.folder / "bin/squeue").unlink()
-        for _ in range(3):
-            jobs.tend(0)
+        with monkeypatch.context() as patch:
+            patch.setenv("PATH", str(system.folder / "bin"))  # where this machine's own squeue is not
+            for _ in range(3):
+                jobs.tend(0)
         assert system.numbers() == [100, 101]
 
 
