@@ -15,7 +15,7 @@ from nrrn_pipeline import storage
 from nrrn_pipeline.api import describe_weights
 from nrrn_pipeline.cluster import ClusterSettings, refuse_unfit_workers, started
 from nrrn_pipeline.cluster.checks import Facts, facts_here
-from nrrn_pipeline.errors import RunError
+from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.ledger import Record
 from nrrn_pipeline.network import NRRN, weights_bytes
 from nrrn_pipeline.places import absolute
@@ -75,18 +75,21 @@ def try_cluster(settings: ClusterSettings, folder: str, device: str = "auto") ->
 @contextmanager
 def _trial_plans(folder: str) -> Iterator[tuple[DenoisePlan, DenoisePlan]]:
     """The same slab of noise into two outputs, for the cluster and for this process; nothing is left of it."""
-    place = f"{folder}/nrrn-trial-{uuid.uuid4().hex[:8]}"
     try:
-        storage.write_file(f"{place}/weights.safetensors", weights_bytes(NRRN(1, 4), {"note": "random, for a trial"}))
-        source = Volume(f"{place}/raw.zarr/0", SHAPE, "uint8", SHAPE, SHAPE, level_path="0")
-        create_volume(source, {})
-        noise = np.random.default_rng(0).integers(0, 256, SHAPE, dtype=np.uint8)
-        write_box(source, source.box, noise)
-        weights = describe_weights(f"{place}/weights.safetensors")
-        plans = [plan_denoise(open_volume(f"{place}/raw.zarr"), f"{place}/{name}.zarr", weights) for name in ("a", "b")]
-        yield plans[0], plans[1]
-    finally:
-        storage.remove_tree(place)
+        storage.check_writable(folder)
+    except OSError as error:
+        raise InputError(f"no trial can be written to {folder}: {error.strerror or error}; choose another") from error
+    place = f"{folder}/nrrn-trial-{uuid.uuid4().hex[:8]}"
+    with storage.probe(folder):  # also of the folder, if it is new
+        try:
+            storage.write_file(f"{place}/weights.safetensors", weights_bytes(NRRN(1, 4), {"note": "random"}))
+            source = Volume(f"{place}/raw.zarr/0", SHAPE, "uint8", SHAPE, SHAPE, level_path="0")
+            create_volume(source, {})
+            write_box(source, source.box, np.random.default_rng(0).integers(0, 256, SHAPE, dtype=np.uint8))
+            weights, opened = describe_weights(f"{place}/weights.safetensors"), open_volume(f"{place}/raw.zarr")
+            yield plan_denoise(opened, f"{place}/a.zarr", weights), plan_denoise(opened, f"{place}/b.zarr", weights)
+        finally:
+            storage.remove_tree(place)
 
 
 def _ask(client: Client) -> tuple[Facts, float]:

@@ -21,26 +21,12 @@ from nrrn_pipeline.batch import (
     watch_batch,
 )
 from nrrn_pipeline.cli.options import (
-    ChunkSize,
-    Cluster,
-    Device,
-    Halo,
-    Images,
-    Keys,
-    LevelNumber,
-    Prefetch,
-    ShardSize,
-    SlabSize,
-    Stats,
-    StorageOptions,
-    Tile,
-    Workers,
-    parse_layout,
+    WORDS,
+    takes_options,
 )
 from nrrn_pipeline.cli.terminal import Watch, err, out, progress_bar
 from nrrn_pipeline.cost import counted
 from nrrn_pipeline.errors import GO_ON, readable
-from nrrn_pipeline.planning import Method
 from nrrn_pipeline.run import Progress as RunProgress
 
 
@@ -78,7 +64,8 @@ class BatchBar(Watch, BatchWatch):
         err.print(readable(text))
 
 
-def batch(  # one parameter an option: that is how the command line is declared
+@takes_options(WORDS - {"roi", "overwrite", "shard_of"})
+def batch(
     manifest: Annotated[
         str,
         typer.Argument(
@@ -88,30 +75,17 @@ def batch(  # one parameter an option: that is how the command line is declared
             "a folder with / at its end, for every Zarr in it.",
         ),
     ],
+    options: api.Options,
     weights: Annotated[str | None, typer.Option(help="Of volumes that name none.")] = None,
     into: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Of a glob's or folder's outputs, which keep their names.")
     ] = None,
-    cluster: Cluster = "local",
-    keys: Keys = None,
-    workers: Workers = None,
-    prefetch: Prefetch = True,
-    tile: Tile = 256,
-    halo: Halo = None,
-    slab: SlabSize = None,
-    chunk: ChunkSize = None,
-    shard: ShardSize = None,
-    level: LevelNumber = 0,
-    images: Images = 3,
-    stats: Stats = "slice",
-    device: Device = "auto",
     watch: Annotated[
         bool, typer.Option("--watch", help="Keep looking for volumes, until Ctrl-C; take each once it is written.")
     ] = False,
     every: Annotated[
         float, typer.Option(help="Seconds between looks; a volume is written when two looks find the same files.")
     ] = 60.0,
-    storage_options: StorageOptions = None,  # noqa: ARG001  (in force once it is parsed)
 ) -> None:
     """Denoise many volumes, one after the other on one cluster. Run it again: it does what is left or has been mended.
 
@@ -120,16 +94,6 @@ def batch(  # one parameter an option: that is how the command line is declared
 
     Example: nrrn batch 's3://lab/raw/*.zarr' --into s3://lab/clean --weights lab.safetensors
     """
-    options = api.Options(
-        level=level,
-        layout=parse_layout(slab, chunk, shard, tile, halo),
-        method=Method(images, stats),
-        device=device,
-        cluster=cluster,
-        keys=keys,
-        workers=workers,
-        prefetch=prefetch,
-    )
     look = partial(read_manifest, manifest, weights, into, empty=watch)
     results: dict[Job, Result] = {}
     try:

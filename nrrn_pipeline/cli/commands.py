@@ -12,32 +12,18 @@ from nrrn_pipeline import api, following
 from nrrn_pipeline.checking import check
 from nrrn_pipeline.cli.batch import batch as many_volumes
 from nrrn_pipeline.cli.options import (
-    ChunkSize,
-    Cluster,
+    WHERE,
+    WORDS,
     Device,
     Every,
     Follow,
-    Halo,
-    Images,
-    Keys,
     LevelNumber,
     Output,
-    Overwrite,
-    Prefetch,
-    Roi,
     Settle,
-    ShardOf,
-    ShardSize,
-    SlabSize,
     Source,
-    Stats,
     StorageOptions,
-    Tile,
-    Workers,
     parse_following,
-    parse_layout,
-    parse_roi,
-    parse_share,
+    takes_options,
 )
 from nrrn_pipeline.cli.terminal import Watch, by_text, duration_text, err, network_text, out, print_rows, progress_bar
 from nrrn_pipeline.cluster import load_settings, make_keys
@@ -45,7 +31,6 @@ from nrrn_pipeline.cost import bytes_text, counted
 from nrrn_pipeline.errors import GO_ON, readable
 from nrrn_pipeline.network import bytes_hash, parse_header
 from nrrn_pipeline.places import absolute
-from nrrn_pipeline.planning import Method
 from nrrn_pipeline.slab import read_weights
 from nrrn_pipeline.training.fit import TrainSettings
 from nrrn_pipeline.trial import rows_of, try_cluster
@@ -61,48 +46,20 @@ app.add_typer(cluster_app, name="cluster")
 
 
 @app.command()
-def denoise(  # one parameter an option: that is how the command line is declared
+@takes_options(WORDS)
+def denoise(
     source: Source,
     output: Output,
     weights: Annotated[str, typer.Option(help="Weights from nrrn train or nrrn weights import.")],
-    cluster: Cluster = "local",
-    keys: Keys = None,
-    workers: Workers = None,
-    prefetch: Prefetch = True,
-    tile: Tile = 256,
-    halo: Halo = None,
-    slab: SlabSize = None,
-    chunk: ChunkSize = None,
-    shard: ShardSize = None,
-    roi: Roi = None,
-    level: LevelNumber = 0,
-    images: Images = 3,
-    stats: Stats = "slice",
-    device: Device = "auto",
-    overwrite: Overwrite = False,
-    shard_of: ShardOf = None,
+    options: api.Options,
     follow: Follow = False,
     every: Every = None,
     settle: Settle = None,
-    storage_options: StorageOptions = None,  # noqa: ARG001  (in force once it is parsed)
 ) -> None:
     """Denoise SRC into DST. Interrupted? Run the same command again: it goes on where it was.
 
     Example: nrrn denoise raw.zarr clean.zarr --weights lab.safetensors
     """
-    options = api.Options(
-        level=level,
-        roi=parse_roi(roi),
-        layout=parse_layout(slab, chunk, shard, tile, halo),
-        method=Method(images, stats),
-        device=device,
-        cluster=cluster,
-        keys=keys,
-        workers=workers,
-        prefetch=prefetch,
-        overwrite=overwrite,
-        share=parse_share(shard_of),
-    )
     looks = parse_following(follow, every, settle)
     with progress_bar(GO_ON) as bar:
         if looks:
@@ -123,40 +80,14 @@ def denoise(  # one parameter an option: that is how the command line is declare
 
 
 @app.command()
+@takes_options(WORDS - {"shard_of"})
 def plan(
     source: Source,
     output: Output,
+    options: api.Options,
     weights: Annotated[str | None, typer.Option(help="Weights (default: the paper's network is assumed).")] = None,
-    cluster: Cluster = "local",
-    keys: Keys = None,
-    workers: Workers = None,
-    prefetch: Prefetch = True,
-    tile: Tile = 256,
-    halo: Halo = None,
-    slab: SlabSize = None,
-    chunk: ChunkSize = None,
-    shard: ShardSize = None,
-    roi: Roi = None,
-    level: LevelNumber = 0,
-    images: Images = 3,
-    stats: Stats = "slice",
-    device: Device = "auto",
-    overwrite: Overwrite = False,
-    storage_options: StorageOptions = None,  # noqa: ARG001  (in force once it is parsed)
 ) -> None:
     """Say what nrrn denoise would do with the same words, and what it would take. Writes nothing."""
-    options = api.Options(
-        level=level,
-        roi=parse_roi(roi),
-        layout=parse_layout(slab, chunk, shard, tile, halo),
-        method=Method(images, stats),
-        device=device,
-        cluster=cluster,
-        keys=keys,
-        workers=workers,
-        prefetch=prefetch,
-        overwrite=overwrite,
-    )
     forecast = api.plan(source, output, weights, options)
     made, cost = forecast.plan, forecast.cost
     network = network_text(made.weights.units, made.weights.channels)
@@ -236,21 +167,16 @@ def verify(
 
 
 @app.command()
+@takes_options(WHERE)
 def repair(
     output: Output,
+    options: api.Options,
     weights: Annotated[str | None, typer.Option(help="If the weights have moved since.")] = None,
-    cluster: Cluster = "local",
-    keys: Keys = None,
-    workers: Workers = None,
-    prefetch: Prefetch = True,
-    device: Device = "auto",
-    storage_options: StorageOptions = None,  # noqa: ARG001
 ) -> None:
     """Denoise again exactly the slabs of DST that nrrn verify --deep finds damaged, with the settings it was made with.
 
     Example: nrrn repair clean.zarr
     """
-    options = api.Options(device=device, cluster=cluster, keys=keys, workers=workers, prefetch=prefetch)
     with progress_bar(GO_ON) as bar:
         problems, summary = api.repair(output, weights, options, Watch(bar))
     for problem in problems:

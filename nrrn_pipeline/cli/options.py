@@ -1,8 +1,12 @@
-"""The options that several commands share, and how their texts are read."""
+"""The options that several commands share, how their texts are read, and what they make together."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from typing import Annotated, Any
 
 import typer
 
@@ -10,8 +14,9 @@ from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.following import Following
 from nrrn_pipeline.geometry import Box, Shape
 from nrrn_pipeline.members import Share
+from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import using_options
-from nrrn_pipeline.planning import Layout
+from nrrn_pipeline.planning import Layout, Method
 
 
 def _use_storage_options(context: typer.Context, text: str | None) -> str | None:
@@ -82,16 +87,6 @@ def parse_triple(name: str, text: str | None) -> Shape | None:
     return z, y, x
 
 
-def parse_layout(slab: str | None, chunk: str | None, shard: str | None, tile: int, halo: int | None) -> Layout:
-    """Raises InputError for sizes that cannot be."""
-    return Layout(parse_triple("slab", slab), parse_triple("chunk", chunk), parse_triple("shard", shard), tile, halo)
-
-
-def parse_share(text: str | None) -> Share | None:
-    """Raises InputError for a text that names no share."""
-    return None if text is None else Share.parse(text)
-
-
 def parse_following(follow: bool, every: float | None, settle: float | None) -> Following | None:
     """None without --follow. Raises InputError for times without it, or that cannot be."""
     if not follow and (every is not None or settle is not None):
@@ -109,3 +104,66 @@ def parse_roi(text: str | None) -> Box | None:
         raise InputError(
             f"--roi {text!r} is not understood: expected Z0:Z1,Y0:Y1,X0:X1 such as 0:16,0:512,0:512"
         ) from None
+
+
+def parse_options(  # one parameter an option: that is how a command line is declared
+    cluster: Cluster = "local",
+    keys: Keys = None,
+    workers: Workers = None,
+    prefetch: Prefetch = True,
+    tile: Tile = 256,
+    halo: Halo = None,
+    slab: SlabSize = None,
+    chunk: ChunkSize = None,
+    shard: ShardSize = None,
+    roi: Roi = None,
+    level: LevelNumber = 0,
+    images: Images = 3,
+    stats: Stats = "slice",
+    device: Device = "auto",
+    overwrite: Overwrite = False,
+    shard_of: ShardOf = None,
+    storage_options: StorageOptions = None,  # noqa: ARG001  (in force once it is parsed)
+) -> Options:
+    """How to denoise, by the words of a command line. Raises InputError for those that cannot be."""
+    slab_chunk_shard = parse_triple("slab", slab), parse_triple("chunk", chunk), parse_triple("shard", shard)
+    return Options(
+        level=level,
+        roi=parse_roi(roi),
+        layout=Layout(*slab_chunk_shard, tile, halo),
+        method=Method(images, stats),
+        device=device,
+        cluster=cluster,
+        keys=keys,
+        workers=workers,
+        prefetch=prefetch,
+        overwrite=overwrite,
+        share=None if shard_of is None else Share.parse(shard_of),
+    )
+
+
+WORDS = frozenset(signature(parse_options).parameters)
+WHERE = frozenset({"cluster", "keys", "workers", "prefetch", "device"})  # a run is carried out
+
+
+def takes_options(words: AbstractSet[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """For a command whose parameter `options` is made of these words of parse_options, and of storage options.
+
+    typer reads a command's signature: there, the words stand in the parameter's place.
+    """
+    known = signature(parse_options, eval_str=True).parameters.values()
+    shared = [each for each in known if each.name in words | {"storage_options"}]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def called(**given: Any) -> None:
+            options = parse_options(**{each.name: given.pop(each.name) for each in shared})
+            command(**given, options=options)
+
+        own = [each for each in signature(command, eval_str=True).parameters.values() if each.name != "options"]
+        parameters = [each.replace(kind=Parameter.KEYWORD_ONLY) for each in (*own, *shared)]
+        called.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+        called.__annotations__ = {each.name: each.annotation for each in parameters}
+        return called
+
+    return decorate

@@ -14,14 +14,14 @@ from typer.main import get_command
 
 from nrrn_pipeline import api
 from nrrn_pipeline.cli.commands import app
-from nrrn_pipeline.cli.options import parse_layout, parse_roi
+from nrrn_pipeline.cli.options import WORDS, parse_options
 from nrrn_pipeline.cli.terminal import err, out
 from nrrn_pipeline.cluster.sbatch import ArrayJob, render, submit
 from nrrn_pipeline.cost import bytes_text, counted, worker_bytes
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.members import Share
 from nrrn_pipeline.places import absolute, options_text
-from nrrn_pipeline.planning import DenoisePlan, Method
+from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.run import check_output
 
 ALONE = "the tasks of an array share the work by themselves; for a Dask cluster of jobs use nrrn denoise --cluster"
@@ -140,15 +140,8 @@ def _words_of_denoise(given: list[str], job: ArrayJob) -> Iterator[tuple[Denoise
 
 def _plan_of(values: dict[str, Any], job: ArrayJob) -> DenoisePlan:
     """The plan of what the tasks will do together. Raises InputError if that cannot be, or a task cannot hold it."""
-    options = api.Options(
-        level=values["level"],
-        roi=parse_roi(values["roi"]),
-        layout=parse_layout(*(values[name] for name in ("slab", "chunk", "shard", "tile", "halo"))),
-        method=Method(values["images"], values["stats"]),
-        device=values["device"],
-        prefetch=values["prefetch"],
-        share=Share(0, job.tasks),
-    )
+    asked = parse_options(**{name: values[name] for name in WORDS})
+    options = replace(asked, share=Share(0, job.tasks))
     here = replace(options, device="auto")  # there may be a GPU where the tasks run, and none here
     made = api.make_plan(values["source"], values["output"], values["weights"], here)
     check_output(made)

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/scaling.py [SECONDS [WORKERS...]]
 
-Each row does the same 2,000 slabs, and would take SECONDS (default 40) if workers did nothing but sleep: a slab sleeps
+Each row does the same 2,000 slabs, and would take SECONDS (default 60) if workers did nothing but sleep: a slab sleeps
 as long as that takes. So scheduler, storage and driver have the same slabs a second to deal with in every row, and a
 single worker has the least time for each. Times gate nothing; that every slab is done does.
 """
@@ -59,7 +59,7 @@ def seconds_for(client: Client, workers: int, folder: Path, seconds: float) -> f
 
 
 def main() -> None:
-    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 40.0
+    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
     counts = sorted(map(int, sys.argv[2:] or WORKERS), reverse=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -40,7 +40,7 @@ def lab(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("path", sorted(p for p in WORKFLOWS.glob("**/*") if p.suffix in (".py", ".sh")), ids=str)
+@pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("**/*.py")), ids=str)
 def test_workflows_are_short(path: Path) -> None:
     if path.parent.name != "demo":
         assert len(path.read_text().splitlines()) < 60
@@ -94,23 +94,14 @@ def test_nightly(lab: Path) -> None:
     voxels = image_like(SHAPE)
     array = zarr.create_array(lab / "grow.zarr", shape=(5, 40, 48), chunks=(1, 40, 48), dtype="uint8")
     array[:] = voxels[:5]
-    environment = {
-        "SRC": str(lab / "grow.zarr"),
-        "DST": str(lab / "out.zarr"),
-        "WEIGHTS": str(lab / "w.safetensors"),
-        "PYTHON": sys.executable,
-        "HERE": str(WORKFLOWS / "scheduled_hpc"),
-        "NRRN_CLUSTER": "serial",
-    }
-    script = WORKFLOWS / "scheduled_hpc/nightly.sh"
-    assert "no slab is whole yet" in run(script, "--settle", "0", **environment).stdout
+
+    def night(*words: str) -> str:
+        volumes = (lab / "grow.zarr", lab / "out.zarr", lab / "w.safetensors")
+        return workflow("scheduled_hpc/nightly.py", *volumes, *words, NRRN_CLUSTER="serial").stdout
+
+    assert "no slab is whole yet" in night("--settle", "0")
     array.resize(SHAPE)
     array[5:] = voxels[5:]
-    assert "no slab is whole yet" in run(script, "--settle", "0", **environment).stdout  # slabs are 64 slices deep
-    assert "8 slices are denoised" in run(script, "--last", **environment).stdout
+    assert "no slab is whole yet" in night("--settle", "0")  # slabs are 64 slices deep
+    assert "8 slices are denoised" in night("--last")
     assert np.array_equal(zarr.open_array(lab / "out.zarr/0")[:], zarr.open_array(lab / "once.zarr/0")[:])
-
-
-def test_shell_scripts_are_clean() -> None:
-    checker = Path(sys.executable).with_name("shellcheck")
-    run(checker, *WORKFLOWS.glob("**/*.sh"))

@@ -1,7 +1,12 @@
 """What a scheduled job runs each night of an acquisition: python workflows/scheduled_hpc/nightly.py SRC DST WEIGHTS
 
 Denoises what has arrived of a volume that grows since the last night, and checks the output; costs what is new. With
---last, after the last slice, it does the rest and reads every byte once more. nightly.sh is what to schedule.
+--last, after the last slice, it does the rest and reads every byte once more. For cron, as one line, on a login node:
+
+    0 20 * * *  sbatch --job-name=nrrn-nightly --dependency=singleton --gres=gpu:1 --cpus-per-task=8 --mem=32G
+                --time=11:00:00 --wrap "/lab/venv/bin/python /lab/nightly.py SRC DST WEIGHTS"
+
+A night that follows too soon waits for the one before. NRRN_CLUSTER: a file with settings of a cluster, or its address.
 """
 
 from __future__ import annotations
