@@ -109,7 +109,7 @@ def ends_in_peace(process: subprocess.Popen[bytes], within_s: float = 20) -> Ite
 def test_a_worker_that_has_to_go_finishes_what_it_holds_and_takes_nothing_more(scene: Scene, how: str) -> None:
     environment = {GRACE_S: LONG_S}
     if how == "time":
-        environment |= {STOP_AT: str(time.time() + 8), STOP_WITHIN_S: LONG_S}
+        environment |= {STOP_AT: str(time.time() + 20), STOP_WITHIN_S: LONG_S}
     leaving = scene.worker("leaving", **environment)
     held = scene.submit(range(2))
     until(lambda: len(begun(scene.folder)) == 2)
@@ -190,7 +190,7 @@ def test_the_runner_keeps_no_result_that_a_leaving_worker_would_wait_for(
 
 
 def test_a_signal_after_the_time_is_over_leaves_only_the_grace(scene: Scene) -> None:
-    environment = {STOP_AT: str(time.time() + 8), STOP_WITHIN_S: LONG_S, GRACE_S: "0.5"}
+    environment = {STOP_AT: str(time.time() + 20), STOP_WITHIN_S: LONG_S, GRACE_S: "0.5"}
     leaving = scene.worker("leaving", **environment)
     held = scene.submit(range(1))
     until(lambda: begun(scene.folder))
