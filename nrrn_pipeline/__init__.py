@@ -10,11 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nrrn_pipeline.api import Options, RunWatch, denoise, import_weights, plan, repair, status, train, verify
+    from nrrn_pipeline.api import RunWatch, add_noise, denoise, import_weights, plan, repair, status, train, verify
     from nrrn_pipeline.batch import read_manifest, run_batch
+    from nrrn_pipeline.comparing import Yardstick, candidates, compare, write_results
     from nrrn_pipeline.errors import InputError, NrrnError, RunError, SlabsFailedError, StorageError
     from nrrn_pipeline.following import Following, follow
     from nrrn_pipeline.geometry import Box
+    from nrrn_pipeline.noise import Noise
+    from nrrn_pipeline.options import Options
     from nrrn_pipeline.places import using_options
     from nrrn_pipeline.planning import Layout, Method
     from nrrn_pipeline.training.fit import TrainSettings
@@ -26,6 +29,7 @@ __all__ = [
     "InputError",
     "Layout",
     "Method",
+    "Noise",
     "NrrnError",
     "Options",
     "RunError",
@@ -33,6 +37,10 @@ __all__ = [
     "SlabsFailedError",
     "StorageError",
     "TrainSettings",
+    "Yardstick",
+    "add_noise",
+    "candidates",
+    "compare",
     "denoise",
     "follow",
     "import_weights",
@@ -45,14 +53,18 @@ __all__ = [
     "train",
     "using_options",
     "verify",
+    "write_results",
 ]
 
 _HOMES = {
-    "api": ("Options", "RunWatch", "denoise", "import_weights", "plan", "repair", "status", "train", "verify"),
+    "api": ("RunWatch", "add_noise", "denoise", "import_weights", "plan", "repair", "status", "train", "verify"),
     "batch": ("read_manifest", "run_batch"),
+    "comparing": ("Yardstick", "candidates", "compare", "write_results"),
     "errors": ("InputError", "NrrnError", "RunError", "SlabsFailedError", "StorageError"),
     "following": ("Following", "follow"),
     "geometry": ("Box",),
+    "noise": ("Noise",),
+    "options": ("Options",),
     "places": ("using_options",),
     "planning": ("Layout", "Method"),
     "training.fit": ("TrainSettings",),

@@ -23,31 +23,33 @@ from nrrn_pipeline.cost import (
     seconds_to_run,
     worker_bytes,
 )
+from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.geometry import Box, Shape
+from nrrn_pipeline.geometry import Box
 from nrrn_pipeline.lease import wait_for_end
 from nrrn_pipeline.ledger import Ledger
 from nrrn_pipeline.network import (
     NRRN,
-    bytes_hash,
+    Network,
     choose_device,
     gpu_count,
     import_vemden,
-    parse_header,
-    parse_weights,
+    in_slot,
     weights_bytes,
     weights_hash,
 )
+from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import absolute
-from nrrn_pipeline.planning import DenoisePlan, Layout, Method, Weights, plan_denoise
+from nrrn_pipeline.planning import DenoisePlan, Layout, Method, plan_denoise
+from nrrn_pipeline.preparing import Location, make_plan, plan_for, shape_of
 from nrrn_pipeline.run import Progress, check_output, run_plan
 from nrrn_pipeline.runners import DaskRunner, Runner, ThreadRunner, run_serially
 from nrrn_pipeline.sharing import run_share
-from nrrn_pipeline.slab import read_weights
+from nrrn_pipeline.slab import load_network
 from nrrn_pipeline.training.fit import OnStep, TrainSettings, fit
 from nrrn_pipeline.training.triplets import triplets
-from nrrn_pipeline.volume import Volume, get_provenance, open_volume
+from nrrn_pipeline.volume import get_provenance, open_volume
 
 __all__ = [
     "Forecast",
@@ -55,8 +57,8 @@ __all__ = [
     "RunWatch",
     "Status",
     "Summary",
+    "add_noise",
     "denoise",
-    "describe_weights",
     "import_weights",
     "plan",
     "repair",
@@ -65,7 +67,11 @@ __all__ = [
     "verify",
 ]
 
-Location = str | os.PathLike[str]
+LOSS_NAMES = {
+    "adjacent": "adjacent slices (Giannios et al., eq. 3)",
+    "clean": "squared distance from clean slices",
+    "blind-spot": "blind spots (Noise2Void, Krull et al. 2019)",
+}
 PAPER = Weights(path="", sha256="", units=4, channels=64)
 
 
@@ -117,25 +123,25 @@ def plan(
     InputError where denoise would.
     """
     options = options or Options()
-    made = make_plan(source, output, weights, options)
-    if weights is None and not options.overwrite and Ledger(made.target.url).begun():
+    made = make_plan(source, output, weights if weights or options.method.filter else PAPER, options)
+    if made.denoiser == PAPER and not options.overwrite and Ledger(made.target.url).begun():
         raise InputError(f"{made.group_url} is begun: give its --weights, to plan what is left of it")
     check_output(made, options.overwrite)
     workers = _workers([made], options)
-    paper = weights is None
-    network = NRRN(PAPER.units, PAPER.channels).eval() if paper else _load(made.weights)
-    device = options.device if options.here else "auto"
-    return Forecast(made, cost_of(made, options.slabs_each), workers, seconds_to_run(made, network, device, workers))
+    network = _in_slot(made, options.device if options.here else "auto")
+    return Forecast(made, cost_of(made, options.slabs_each), workers, seconds_to_run(made, network, workers))
 
 
 def denoise(
     source: Location,
     output: Location,
-    weights: Location,
+    weights: Location | None,
     options: Options | None = None,
     watch: RunWatch | None = None,
 ) -> Summary:
     """Denoise a volume into a new OME-Zarr 0.5 group; called again after any interruption, it goes on from there.
+
+    Without weights `options.method` has to name a filter.
 
     In a script, call it under `if __name__ == "__main__":`, as all that starts processes.
 
@@ -179,6 +185,18 @@ def carry_out(
     return Summary(made, len(made.slabs), resumed or 0, done, voxels, perf_counter() - started, peak)
 
 
+def add_noise(
+    source: Location, output: Location, noise: Noise, options: Options | None = None, watch: RunWatch | None = None
+) -> Summary:
+    """A volume with synthetic noise, to measure denoising on: made, resumed and checked as denoise does it.
+
+    Of options, method and layout.tile do not count. Raises what denoise raises.
+    """
+    options = options or Options()
+    made = plan_denoise(open_volume(source, options.level), absolute(output), noise, options.layout, options.roi)
+    return run_planned(made, options, watch or RunWatch())
+
+
 def verify(output: Location, deep: bool = False) -> list[str]:
     """What is wrong with an output of denoise; empty if it is whole.
 
@@ -211,12 +229,15 @@ def repair(
         advice = "" if GROWTH_BROKE_OFF in str(beyond[0]) else "; start again with nrrn denoise --overwrite"
         raise InputError(f"{output} cannot be repaired: {beyond[0]}{advice}")
     settings, provenance = ledger.settings() or {}, get_provenance(volume.group_url) or {}
+    if "noise" in settings:
+        raise InputError(f"{output} cannot be repaired: it is synthetic noise; make it again with --overwrite")
     try:
-        slab, chunk, shard = (_shape(settings[name]) for name in ("slab", "chunk", "shard"))
+        slab, chunk, shard = (shape_of(settings[name]) for name in ("slab", "chunk", "shard"))
         layout = Layout(slab, chunk, shard, settings["tile"], settings["halo"])
-        method = Method(settings["images"], settings["statistics"])
+        name = settings["filter"]["name"] if "filter" in settings else None
+        method = Method(settings["images"], settings["statistics"], name, settings["stitch"])
         source, level = _source_of(settings["source"], provenance["source group"])
-        roi, used = Box.parse(settings["roi"]), weights or str(provenance["weights"])
+        roi, used = Box.parse(settings["roi"]), weights or provenance["weights"]
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{output} cannot be repaired: its settings are damaged ({error})") from error
     again = replace(options or Options(), level=level, roi=roi, layout=layout, method=method, overwrite=False)
@@ -236,8 +257,11 @@ def train(
     settings: TrainSettings | None = None,
     level: int = 0,
     on_step: OnStep | None = None,
+    clean: Location | None = None,
 ) -> dict[str, Any]:
-    """Train an NRRN on a noisy volume alone, with the paper's loss, and write it to `weights`; returns its record.
+    """Train a network on a noisy volume and write it to `weights`; returns its record.
+
+    The paper's loss needs no clean data; the loss "clean" takes them from a volume of the source's shape and dtype.
 
     Raises InputError if the volume or the settings do not allow it, or `weights` exists or cannot be written; RunError
     if training diverges.
@@ -253,11 +277,13 @@ def train(
         if on_step is not None:
             on_step(step, loss)
 
-    network = fit(triplets(volume, settings), settings, note)
+    truth = None if clean is None else open_volume(clean, level)
+    network = fit(triplets(volume, settings, truth), settings, note)
     tail = losses[-max(1, len(losses) // 10) :]
     record = {
-        "loss": "adjacent slices (Giannios et al., eq. 3)",
+        "loss": LOSS_NAMES[settings.loss],
         "source": volume.url,
+        **({} if truth is None else {"clean": truth.url}),
         "shape": list(volume.shape),
         "dtype": volume.dtype,
         "voxel_nm": volume.voxel_nm,
@@ -283,26 +309,12 @@ def import_weights(checkpoint: Location, weights: Location) -> NRRN:
     return network
 
 
-def describe_weights(path: Location | None) -> Weights:
-    """What a plan needs to know of a weights file; of the paper's network without one."""
-    if path is None:
-        return PAPER
-    url = absolute(path)
-    try:
-        data = read_weights(url)
-    except OSError as error:
-        raise InputError(f"the weights {url} cannot be read: {error.strerror or error}") from error
-    header = parse_header(data, url)
-    return Weights(url, bytes_hash(data), header["units"], header["channels"])
-
-
-def _load(weights: Weights) -> NRRN:
-    return parse_weights(read_weights(weights.path), weights.path)
-
-
-def _shape(sizes: list[int]) -> Shape:
-    z, y, x = (int(size) for size in sizes)
-    return z, y, x
+def _in_slot(made: DenoisePlan, device: str) -> Network:
+    """What a plan denoises with, to be timed; the paper's network has weights that mean nothing."""
+    if made.denoiser == PAPER:
+        return in_slot(PAPER.architecture.build().eval(), device, made.method.images)
+    assert not isinstance(made.denoiser, Noise)
+    return load_network(made.denoiser, device, made.method.images)
 
 
 def _source_of(array_url: str, group_url: str) -> tuple[str, int]:
@@ -325,24 +337,6 @@ def _refuse_unwritable(weights: Location) -> None:
         storage.check_writable(folder)
     except OSError as error:
         raise InputError(f"{weights} cannot be written: {error.strerror or error}; choose another file") from error
-
-
-def make_plan(source: Location, output: Location, weights: Location | None, options: Options) -> DenoisePlan:
-    """The plan of what denoise would do with the same arguments. Raises InputError where it would."""
-    if options.here:
-        choose_device(options.device)
-    volume = open_volume(source, options.level)
-    return plan_for(volume, output, weights, options)
-
-
-def plan_for(volume: Volume, output: Location, weights: Location | None, options: Options) -> DenoisePlan:
-    """The plan of what denoise would do with a volume. Raises InputError where it would."""
-    layout, url = options.layout, absolute(output)
-    begun = Ledger(f"{url}/0")
-    if begun.followed() and (settings := begun.settings()):  # as it was cut when it was not whole yet
-        slab, chunk, shard = (_shape(settings[name]) for name in ("slab", "chunk", "shard"))
-        layout = replace(layout, slab=layout.slab or slab, chunk=layout.chunk or chunk, shard=layout.shard or shard)
-    return plan_denoise(volume, url, describe_weights(weights), layout, options.roi, options.method)
 
 
 def _workers(plans: Sequence[DenoisePlan], options: Options) -> int:

@@ -6,10 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
+from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.filters import Filter
 from nrrn_pipeline.geometry import Box
 from nrrn_pipeline.machine import cores, free_memory_bytes, threads_each
-from nrrn_pipeline.network import NRRN, activation_bytes, flop_per_voxel, in_slot, seconds_per_pixel
+from nrrn_pipeline.network import Network, seconds_per_pixel
+from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.statistics import statistics_boxes
 from nrrn_pipeline.volume import Volume
@@ -20,7 +23,10 @@ DECODED_AT_ONCE = 10  # chunks; zarr's async.concurrency
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a whole plan. Bytes are of voxels, uncompressed; fetched_bytes counts the whole chunks that hold them."""
+    """Of a whole plan. Bytes are of voxels, uncompressed; fetched_bytes counts the whole chunks that hold them.
+
+    flop is 0 where it is not known, as of filters.
+    """
 
     slabs: int
     statistics_tasks: int
@@ -45,7 +51,8 @@ def cost_of(plan: DenoisePlan, at_once: int = 1) -> Cost:
     fetched = fetched_voxels(plan.source, (slab.read for slab in slabs))
     statistics = statistics_boxes(plan.source, plan.statistics_z)
     measured = fetched_voxels(plan.source, statistics)
-    flop = flop_per_voxel(plan.weights.units, plan.weights.channels, plan.method.images)
+    network = plan.denoiser.architecture if isinstance(plan.denoiser, Weights) else None
+    flop = network.flop_per_voxel(plan.method.images) if network else 0
     return Cost(
         slabs=len(slabs),
         statistics_tasks=len(statistics),
@@ -78,9 +85,7 @@ def worker_bytes(plan: DenoisePlan, at_once: int = 1) -> int:
     the pass before, boxes of voxels whose slices are measured in float64.
     """
     slab = max(plan.slabs, key=lambda slab: slab.read.size)
-    window_y, window_x = (
-        max(len(cut.read) for cut in cuts) for cuts in zip(*slab.tiles(plan.tile, plan.halo), strict=True)
-    )
+    window_y, window_x = (max(len(cut.read) for cut in cuts) for cuts in zip(*plan.tiles(slab), strict=True))
     pixels = window_y * window_x
     item = plan.source.itemsize
     voxels_in, voxels_out = slab.read.size * item, slab.keep.size * item
@@ -91,7 +96,7 @@ def worker_bytes(plan: DenoisePlan, at_once: int = 1) -> int:
     encoding = 3 * min(slab.keep.size, prod(plan.target.write_unit)) * item  # chunks, their shard, its bytes to send
     # the tile, normalised in two steps, the estimate, scaled back; in float64 for float voxels
     stack = len(slab.read.z) * pixels * (item + 4 * (8 if plan.source.dtype == "float32" else 4))
-    maps = activation_bytes(plan.weights.units, plan.weights.channels, pixels, plan.method.images)
+    maps = _working_bytes(plan, pixels)
     boxes = statistics_boxes(plan.source, plan.statistics_z)
     measured = max(box.size * item + 16 * len(box.y) * len(box.x) for box in boxes)
     computing = voxels_in + voxels_out + stack + maps
@@ -122,10 +127,10 @@ def refuse_what_cannot_fit(plan: DenoisePlan, workers: int, at_once: int) -> Non
     raise InputError(f"{wanted} cannot fit: {bytes_text(free)} of memory are free; use {setting}")
 
 
-def seconds_to_run(plan: DenoisePlan, network: NRRN, device: str, workers: int) -> float:
+def seconds_to_run(plan: DenoisePlan, network: Network, workers: int) -> float:
     """The network's time for the whole plan with that many local workers, from one tile timed here in a few seconds."""
     window = (min(plan.tile, plan.source.shape[1]), min(plan.tile, plan.source.shape[2]))
-    each = seconds_per_pixel(in_slot(network, device, plan.method.images), window, threads_each(workers))
+    each = seconds_per_pixel(network, window, threads_each(workers))
     return each * plan.box.size * _tile_overhead(plan) / min(workers, len(plan.slabs))
 
 
@@ -143,12 +148,26 @@ def bytes_text(count: float) -> str:
     raise AssertionError("unreachable")
 
 
+def _working_bytes(plan: DenoisePlan, pixels: int) -> int:
+    """What the denoiser takes for a tile, and stitching for a slab."""
+    match plan.denoiser:
+        case Weights():
+            found = plan.denoiser.architecture.activation_bytes(pixels, plan.method.images)
+        case Filter():
+            found = plan.denoiser.working_bytes(pixels)
+        case Noise():
+            return 0
+    if plan.method.stitch == "blend":
+        found += 12 * max(slab.keep.size for slab in plan.slabs)  # the sum in float32, and its scaling
+    return found
+
+
 def _tile_overhead(plan: DenoisePlan) -> float:
     """Voxels that the network computes for one that is kept, in y and x."""
     computed = kept = 0
     for slab in plan.slabs:
         if slab.keep.z.start != plan.box.z.start:
             break  # every layer of slabs has the same tiles
-        computed += sum(len(y.read) * len(x.read) for y, x in slab.tiles(plan.tile, plan.halo))
+        computed += sum(len(y.read) * len(x.read) for y, x in plan.tiles(slab))
         kept += len(slab.keep.y) * len(slab.keep.x)
     return computed / kept

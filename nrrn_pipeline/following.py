@@ -14,11 +14,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from nrrn_pipeline.api import Location, Options, RunWatch, Summary, plan_for, run_planned
+from nrrn_pipeline.api import RunWatch, Summary, run_planned
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Span
 from nrrn_pipeline.ledger import Ledger
+from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import absolute
+from nrrn_pipeline.preparing import Location, plan_for
 from nrrn_pipeline.run import Progress
 from nrrn_pipeline.volume import Volume, open_volume, written_slices
 
@@ -40,7 +42,7 @@ class Following:
 def follow(
     source: Location,
     output: Location,
-    weights: Location,
+    weights: Location | None,
     options: Options | None = None,
     following: Following = Following(),
     watch: RunWatch | None = None,
@@ -76,6 +78,7 @@ def _refuse_unfit(options: Options) -> None:
         "overwriting": options.overwrite,
         "a share of the work": options.share is not None,
         "statistics of the volume": options.method.statistics == "volume",
+        "a filter, whose strength is measured on the whole volume,": options.method.filter,
     }
     for what, asked in unfit.items():
         if asked:
@@ -112,7 +115,7 @@ def _looks(source: Location, output: Location, level: int, following: Following,
         time.sleep(following.every_s or following.settle_s)
 
 
-def _slab_depth(volume: Volume, output: Location, weights: Location, options: Options) -> int:
+def _slab_depth(volume: Volume, output: Location, weights: Location | None, options: Options) -> int:
     """Slices of a slab, however many there are by now. Raises InputError if the volume cannot be denoised so."""
     begun = replace(volume, shape=(max(volume.shape[0], 1), *volume.shape[1:]))
     return plan_for(begun, output, weights, options).slab[0]

@@ -35,6 +35,10 @@ class Span:
         """`halo` voxels more on each side, but none outside `bounds`."""
         return Span(max(self.start - halo, bounds.start), min(self.stop + halo, bounds.stop))
 
+    def aligned(self, grid: int) -> Span:
+        """The same, begun at the multiple of `grid` voxels before."""
+        return Span(self.start // grid * grid, self.stop)
+
 
 @dataclass(frozen=True, order=True)
 class Cut:
@@ -125,25 +129,31 @@ def cells_of(box: Box, step: Shape) -> Iterator[Box]:
                 yield Box(z, y, x)
 
 
-def tiles_of(keep: Span, bounds: Span, window: int, halo: int) -> tuple[Cut, ...]:
+def tiles_of(keep: Span, bounds: Span, window: int, halo: int, grid: int = 1) -> tuple[Cut, ...]:
     """The fewest cuts that keep all of `keep`, each reading at most `window` voxels, all of them equally many.
 
     A read never leaves `bounds`; where it meets a bound it stays flush with it, so that what the network does at a
     slice's own border happens at the border and nowhere else. Kept parts differ by at most one voxel in length:
     two windows of 135 cost less than one of 256 and one of 14.
 
+    With a `grid` every read begins at a multiple of it, as `bounds` does: so a network that pools over 2 x 2 voxels
+    pools the same ones in every tile. Then reads are as long as they need be.
+
     Raises ValueError if a window of `window` voxels keeps nothing once its halo is discarded.
     """
-    if window <= 2 * halo and window < len(bounds):
+    if window < 2 * halo + grid and window < len(bounds):
         raise ValueError(f"a tile of {window} voxels with a halo of {halo} on each side keeps nothing")
     for pieces in count(-(-len(keep) // window)):
         kept = [
             Span(keep.start + i * len(keep) // pieces, keep.start + (i + 1) * len(keep) // pieces)
             for i in range(pieces)
         ]
-        longest = max(len(span.grown(halo, bounds)) for span in kept)
+        reads = [span.grown(halo, bounds).aligned(grid) for span in kept]
+        longest = max(map(len, reads))
         if longest <= window:
-            return tuple(Cut(span, _read(span, longest, bounds, halo)) for span in kept)
+            if grid == 1:
+                reads = [_read(span, longest, bounds, halo) for span in kept]
+            return tuple(Cut(span, read) for span, read in zip(kept, reads, strict=True))
     raise AssertionError("unreachable: one voxel with its halo fits every valid window")
 
 

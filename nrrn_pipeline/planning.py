@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from nrrn_pipeline.denoisers import Denoiser
 from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.filters import FILTERS
 from nrrn_pipeline.geometry import Box, Cut, Shape, Span, boxes_of, tiles_of
-from nrrn_pipeline.network import reach_of
+from nrrn_pipeline.network import KINDS
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.volume import MAX_AXIS, Volume, refuse_unwritable
 
@@ -26,27 +28,21 @@ SHARD: Shape = (64, 512, 512)  # 16 MiB of uint8: few files, yet one task's wort
 MAX_SLABS = 2**22  # a driver keeps about a kB of each
 
 
-@dataclass(frozen=True)
-class Weights:
-    """A weights file and what a plan must know of it."""
-
-    path: str
-    sha256: str
-    units: int
-    channels: int
-
-    @property
-    def reach(self) -> int:
-        """The network's, in voxels."""
-        return reach_of(self.units)
+STITCHES = ("crop", "blend")
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a slice is estimated: from `images` slices (3: the paper's; 2; 1), with "slice" or "volume" statistics."""
+    """How a slice is estimated: from `images` slices (3: the paper's; 2; 1), with "slice" or "volume" statistics.
+
+    name: a filter's, in the network's place, or the kind of network that the weights must hold; None: what they hold.
+    stitch: "crop", the paper's; or "blend": tiles are weighted where they overlap, which keeps what their edges spoil.
+    """
 
     images: int = 3
     statistics: str = "slice"
+    name: str | None = None
+    stitch: str = "crop"
 
     def __post_init__(self) -> None:
         """Raises InputError for what is no method."""
@@ -54,6 +50,17 @@ class Method:
             raise InputError(f"images {self.images} is not possible: use 3 (the paper's method), 2 or 1")
         if self.statistics not in ("slice", "volume"):
             raise InputError(f"statistics {self.statistics!r} is unknown: use slice or volume")
+        if self.name is not None and self.name not in (*KINDS, *FILTERS):
+            raise InputError(f"method {self.name!r} is unknown: use one of {', '.join((*KINDS, *FILTERS))}")
+        if self.filter and self.images != 3:
+            raise InputError(f"images {self.images} are for networks: the filter {self.name} takes what its name says")
+        if self.stitch not in STITCHES:
+            raise InputError(f"stitch {self.stitch!r} is unknown: use {' or '.join(STITCHES)}")
+
+    @property
+    def filter(self) -> bool:
+        """Whether a filter does it, without weights."""
+        return self.name in FILTERS
 
 
 @dataclass(frozen=True)
@@ -90,12 +97,6 @@ class Slab:
         """Its name in the ledger."""
         return slab_key(self.keep)
 
-    def tiles(self, tile: int, halo: int) -> Iterator[tuple[Cut, Cut]]:
-        """The (y, x) cuts of its planes that the network sees one at a time."""
-        for y in tiles_of(self.keep.y, self.read.y, tile, halo):
-            for x in tiles_of(self.keep.x, self.read.x, tile, halo):
-                yield y, x
-
 
 @dataclass(frozen=True)
 class DenoisePlan:
@@ -107,7 +108,7 @@ class DenoisePlan:
     source: Volume
     target: Volume
     box: Box
-    weights: Weights
+    denoiser: Denoiser
     slab: Shape
     tile: int
     halo: int
@@ -142,7 +143,7 @@ class DenoisePlan:
             "source shape": list(self.source.shape),
             "dtype": self.source.dtype,
             "roi": str(self.box),
-            "weights sha256": self.weights.sha256,
+            **self.denoiser.settings,
             "slab": list(self.slab),
             "shard": list(self.target.write_unit),
             "chunk": list(self.target.chunk),
@@ -150,6 +151,7 @@ class DenoisePlan:
             "halo": self.halo,
             "images": self.method.images,
             "statistics": self.method.statistics,
+            "stitch": self.method.stitch,
         }
 
     @property
@@ -157,13 +159,16 @@ class DenoisePlan:
         """SHA-256 of the settings."""
         return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
 
+    def tiles(self, slab: Slab) -> Iterator[tuple[Cut, Cut]]:
+        """The (y, x) cuts of a slab's planes that the network sees one at a time."""
+        for y in tiles_of(slab.keep.y, slab.read.y, self.tile, self.halo, self.denoiser.grid):
+            for x in tiles_of(slab.keep.x, slab.read.x, self.tile, self.halo, self.denoiser.grid):
+                yield y, x
+
     def _slab(self, keep: Box) -> Slab:
-        bounds = self.source.box
-        z, y, x = (
-            span.grown(halo, bound)
-            for span, halo, bound in zip(keep.spans, (1, self.halo, self.halo), bounds.spans, strict=True)
-        )
-        return Slab(keep, Box(z, y, x))
+        bounds, grid = self.source.box, self.denoiser.grid
+        y, x = (span.grown(self.halo, bound).aligned(grid) for span, bound in ((keep.y, bounds.y), (keep.x, bounds.x)))
+        return Slab(keep, Box(keep.z.grown(1, bounds.z), y, x))
 
 
 def slab_key(keep: Box) -> str:
@@ -174,7 +179,7 @@ def slab_key(keep: Box) -> str:
 def plan_denoise(
     source: Volume,
     group_url: str,
-    weights: Weights,
+    denoiser: Denoiser,
     layout: Layout = Layout(),
     roi: Box | None = None,
     method: Method = Method(),
@@ -186,11 +191,7 @@ def plan_denoise(
     group_url = absolute(group_url)
     _refuse_overlap(source.group_url, group_url)
     box = roi or source.box
-    for span, bound, axis in zip(box.spans, source.box.spans, "zyx", strict=True):
-        if not bound.start <= span.start < span.stop <= bound.stop:
-            raise InputError(
-                f"roi {axis}={span.start}:{span.stop} is empty or not inside the volume: use a part of 0:{bound.stop}"
-            )
+    refuse_outside(box, source.box)
     target = _target_volume(source, group_url, box, layout)
     refuse_unwritable(target)
     slab = layout.slab or target.write_unit
@@ -201,15 +202,23 @@ def plan_denoise(
         raise InputError(f"{units} shards of {target.write_unit} are too many to keep account of: use a larger --shard")
     if slabs > MAX_SLABS:
         raise InputError(f"{slabs} slabs of {slab} are too many to keep account of: use a larger --slab, or a --roi")
-    reach = weights.reach
+    reach = denoiser.reach
     halo = reach if layout.halo is None else layout.halo
     if halo < reach:
         raise InputError(f"halo {halo} is less than the network's reach {reach}: seams would show; use {reach} or more")
-    if layout.tile <= 2 * halo:
-        raise InputError(
-            f"tile {layout.tile} keeps nothing beside a halo of {halo} on each side: use a tile of more than {2 * halo}"
-        )
-    return DenoisePlan(source, target, box, weights, slab, layout.tile, halo, method, layout.growing)
+    if layout.tile < (least := 2 * halo + denoiser.grid):
+        raise InputError(f"tile {layout.tile} keeps nothing beside a halo of {halo} on each side: use {least} or more")
+    return DenoisePlan(source, target, box, denoiser, slab, layout.tile, halo, method, layout.growing)
+
+
+def refuse_outside(part: Box, whole: Box, name: str = "roi") -> None:
+    """Raises InputError for a part that is empty, or not inside the whole; `name`: what the user calls it."""
+    for span, bound, axis in zip(part.spans, whole.spans, "zyx", strict=True):
+        if not bound.start <= span.start < span.stop <= bound.stop:
+            raise InputError(
+                f"{name} {axis}={span.start}:{span.stop} is empty or not inside the volume: "
+                f"use a part of {bound.start}:{bound.stop}"
+            )
 
 
 def _target_volume(source: Volume, group_url: str, box: Box, layout: Layout) -> Volume:

@@ -13,6 +13,7 @@ from time import monotonic
 from typing import Any, cast
 
 from nrrn_pipeline import storage
+from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import GO_ON, InputError, RunError, SlabsFailedError
 from nrrn_pipeline.geometry import Box, Span, boxes_of
 from nrrn_pipeline.lease import Lease, wait_for_end
@@ -366,7 +367,7 @@ def _provenance(plan: DenoisePlan) -> dict[str, Any]:
         "begun": _now(),
         "fingerprint": plan.fingerprint,
         "settings": plan.settings,
-        "weights": plan.weights.path,
+        "weights": plan.denoiser.path if isinstance(plan.denoiser, Weights) else None,
         "source group": plan.source.group_url,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
     }

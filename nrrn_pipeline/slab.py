@@ -11,7 +11,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from time import perf_counter, time
 from typing import Any
 
@@ -19,13 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nrrn_pipeline import storage
+from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import InputError, RunError
-from nrrn_pipeline.geometry import Span
+from nrrn_pipeline.filters import Filter
+from nrrn_pipeline.geometry import Box, Cut, Span
 from nrrn_pipeline.ledger import Ledger, Record
 from nrrn_pipeline.machine import peak_memory_bytes
 from nrrn_pipeline.network import MAX_BYTES, NO_WEIGHTS, Network, bytes_hash, in_slot, parse_weights
-from nrrn_pipeline.planning import DenoisePlan, Slab, Weights
+from nrrn_pipeline.noise import Noise
+from nrrn_pipeline.planning import DenoisePlan, Slab
 from nrrn_pipeline.statistics import SliceStatistics
+from nrrn_pipeline.stitching import blended, cropped
 from nrrn_pipeline.volume import read_box, write_box
 
 # one slab computes at a time: with two in a process, the other is read, or written, meanwhile
@@ -51,11 +55,14 @@ def denoise_slab(plan: DenoisePlan, device: str, task: SlabTask) -> Record:
     """
     started = perf_counter()
     slab = task.slab
-    network = load_network(plan.weights, device, plan.method.images)
-    noisy = read_box(plan.source, slab.read)
-    with _computing:
-        denoised = denoise_voxels(noisy, task, network, plan.tile, plan.halo)
-    del noisy  # the next slab may be on its way
+    if isinstance(plan.denoiser, Noise):
+        denoised = plan.denoiser.added(read_box(plan.source, slab.keep), slab.keep)
+    else:
+        network = load_network(plan.denoiser, device, plan.method.images)
+        noisy = read_box(plan.source, slab.read)
+        with _computing:
+            denoised = denoise_voxels(noisy, task, network, plan)
+        del noisy  # the next slab may be on its way
     ledger = Ledger(plan.target.url)
     ledger.refuse_others(plan)  # as late as can be: a task may outlive the run that sent it
     objects = write_box(plan.target, plan.target_box(slab), denoised)
@@ -92,14 +99,16 @@ def read_weights_of(weights: Weights) -> bytes:
     return data
 
 
-def load_network(weights: Weights, device: str, images: int) -> Network:
-    """The network of a plan's weights, loaded once a process.
+def load_network(denoiser: Weights | Filter, device: str, images: int) -> Network:
+    """The filter itself, or the network of the weights, loaded once a process.
 
     Raises InputError if the file is not the one that was planned with: a worker that sees another file under the same
     path would otherwise write slabs that do not fit the rest.
     """
+    if isinstance(denoiser, Filter):
+        return denoiser
     with _loading:  # once, though two slabs may begin at a time
-        return _loaded(weights, device, images)
+        return _loaded(denoiser, device, images)
 
 
 @lru_cache(maxsize=1)
@@ -107,12 +116,13 @@ def _loaded(weights: Weights, device: str, images: int) -> Network:
     return in_slot(parse_weights(read_weights_of(weights), weights.path), device, images)
 
 
-def denoise_voxels(noisy: NDArray[Any], task: SlabTask, network: Network, tile: int, halo: int) -> NDArray[Any]:
+def denoise_voxels(noisy: NDArray[Any], task: SlabTask, network: Network, plan: DenoisePlan) -> NDArray[Any]:
     """The noisy voxels of `slab.read` -> the denoised voxels of `slab.keep`, in the same dtype.
 
     A blank slice passes through unchanged. Raises RunError if the network gives numbers that are not finite.
     """
     slab, statistics = task.slab, task.statistics
+    stitched = cropped if plan.method.stitch == "crop" else blended
     denoised = noisy[slab.keep.within(slab.read)].copy()
     for stack_z in stacks_of(slab.keep.z, _not_blank(statistics)):
         rows = [z - slab.read.z.start for z in stack_z]
@@ -120,13 +130,22 @@ def denoise_voxels(noisy: NDArray[Any], task: SlabTask, network: Network, tile: 
         accurate = np.dtype("float64" if noisy.dtype.kind == "f" else "float32")
         mean, std = (_of_slices(values, rows, accurate) for values in (statistics.mean, statistics.std))
         first, last = stack_z[1] - slab.keep.z.start, stack_z[-2] - slab.keep.z.start
-        for y, x in slab.tiles(tile, halo):
-            stack = noisy[:, y.read.within(slab.read.y), x.read.within(slab.read.x)][rows]
-            normal = ((stack - mean) / std).astype(np.float32, copy=False)
-            estimate = network(normal)[:, y.crop, x.crop] * std[1:-1] + mean[1:-1]
-            place = slice(first, last + 1), y.keep.within(slab.keep.y), x.keep.within(slab.keep.x)
-            denoised[place] = _as_dtype(estimate, noisy.dtype)
+        stack_of = partial(_normal_stack, noisy, slab.read, rows, (mean, std))
+        tiles = ((y, x, network(stack_of(y, x))) for y, x in plan.tiles(slab))
+        for place, estimate in stitched(tiles, slab.keep):
+            in_levels = estimate * std[1:-1] + mean[1:-1]
+            denoised[first : last + 1, *place] = _as_dtype(in_levels, noisy.dtype)
     return denoised
+
+
+def _normal_stack(
+    noisy: NDArray[Any], read: Box, rows: list[int], levels: tuple[NDArray[Any], NDArray[Any]], y: Cut, x: Cut
+) -> NDArray[np.float32]:
+    """What the network sees of a tile: some slices of the voxels of `read`, less their mean, by their std."""
+    mean, std = levels
+    stack = noisy[:, y.read.within(read.y), x.read.within(read.x)][rows]
+    normal: NDArray[np.float32] = ((stack - mean) / std).astype(np.float32, copy=False)
+    return normal
 
 
 def stacks_of(keep: Span, not_blank: set[int]) -> Iterator[list[int]]:

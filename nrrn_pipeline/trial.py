@@ -12,7 +12,6 @@ import numpy as np
 from distributed import Client
 
 from nrrn_pipeline import storage
-from nrrn_pipeline.api import describe_weights
 from nrrn_pipeline.cluster import ClusterSettings, refuse_unfit_workers, started
 from nrrn_pipeline.cluster.checks import Facts, facts_here
 from nrrn_pipeline.errors import InputError, RunError
@@ -20,6 +19,7 @@ from nrrn_pipeline.ledger import Record
 from nrrn_pipeline.network import NRRN, weights_bytes
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.planning import DenoisePlan, plan_denoise
+from nrrn_pipeline.preparing import describe_weights
 from nrrn_pipeline.run import run_plan
 from nrrn_pipeline.runners import DaskRunner, run_serially
 from nrrn_pipeline.volume import Volume, create_volume, open_volume, read_box, write_box

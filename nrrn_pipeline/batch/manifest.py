@@ -15,12 +15,13 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
 from nrrn_pipeline import storage
-from nrrn_pipeline.api import Location, Options, describe_weights
 from nrrn_pipeline.cluster.kinds import wrong_keys
 from nrrn_pipeline.cost import counted
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Shape
+from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import absolute, can_list
+from nrrn_pipeline.preparing import Location, describe_weights
 from nrrn_pipeline.volume import is_zarr
 
 MAX_BYTES = 4 * 2**20  # of a manifest: some 40,000 volumes

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
-from nrrn_pipeline.api import Options, RunWatch, carry_out, make_plan, open_runner
+from nrrn_pipeline.api import RunWatch, carry_out, open_runner
 from nrrn_pipeline.batch.manifest import Job
 from nrrn_pipeline.cluster import LocalSettings
 from nrrn_pipeline.cost import refuse_what_cannot_fit
 from nrrn_pipeline.errors import InputError, NrrnError, RunError, SlabsFailedError, readable
 from nrrn_pipeline.network import choose_device
+from nrrn_pipeline.options import Options
 from nrrn_pipeline.planning import DenoisePlan
+from nrrn_pipeline.preparing import make_plan
 from nrrn_pipeline.retrying import reason_of
 from nrrn_pipeline.run import Progress, check_output
 from nrrn_pipeline.runners import Runner

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from nrrn_pipeline import storage
-from nrrn_pipeline.api import Options
 from nrrn_pipeline.batch.manifest import Job
 from nrrn_pipeline.batch.runs import BatchWatch, Result, planned_or_ended, results_of
 from nrrn_pipeline.errors import GO_ON, InputError
+from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import can_list
 from nrrn_pipeline.retrying import reason_of
 

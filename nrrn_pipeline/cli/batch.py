@@ -24,7 +24,7 @@ from nrrn_pipeline.cli.options import (
     WORDS,
     takes_options,
 )
-from nrrn_pipeline.cli.terminal import Watch, err, out, progress_bar
+from nrrn_pipeline.cli.terminal import Watch, err, print_columns, progress_bar
 from nrrn_pipeline.cost import counted
 from nrrn_pipeline.errors import GO_ON, readable
 from nrrn_pipeline.run import Progress as RunProgress
@@ -64,7 +64,7 @@ class BatchBar(Watch, BatchWatch):
         err.print(readable(text))
 
 
-@takes_options(WORDS - {"roi", "overwrite", "shard_of"})
+@takes_options(WORDS - {"roi", "overwrite", "shard_of", "method", "stitch"})
 def batch(
     manifest: Annotated[
         str,
@@ -108,12 +108,8 @@ def batch(
 
 
 def _print_table(results: Sequence[Result]) -> None:
-    """In columns for people, with tabs for scripts; how many, on standard error."""
-    lines = table_of(results)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        padded = (f"{cell:{width}}" for cell, width in zip(line, widths, strict=True))
-        typer.echo("  ".join(padded).rstrip() if out.is_terminal else "\t".join(line))  # rich would expand tabs
+    """All volumes; how many, on standard error."""
+    print_columns(table_of(results))
     states = [result.state for result in results]
     counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
     err.print(f"{counted(len(results), 'volume')}: {counts}")

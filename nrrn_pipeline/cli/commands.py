@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -11,6 +12,9 @@ import typer
 from nrrn_pipeline import api, following
 from nrrn_pipeline.checking import check
 from nrrn_pipeline.cli.batch import batch as many_volumes
+from nrrn_pipeline.cli.evaluate import evaluate as compare_methods
+from nrrn_pipeline.cli.ground_truth import ground_truth as average_scans
+from nrrn_pipeline.cli.noise import noise as add_noise
 from nrrn_pipeline.cli.options import (
     WHERE,
     WORDS,
@@ -28,8 +32,9 @@ from nrrn_pipeline.cli.options import (
 from nrrn_pipeline.cli.terminal import Watch, by_text, duration_text, err, network_text, out, print_rows, progress_bar
 from nrrn_pipeline.cluster import load_settings, make_keys
 from nrrn_pipeline.cost import bytes_text, counted
+from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import GO_ON, readable
-from nrrn_pipeline.network import bytes_hash, parse_header
+from nrrn_pipeline.network import KINDS, architecture_of, bytes_hash, parse_header
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.slab import read_weights
 from nrrn_pipeline.training.fit import TrainSettings
@@ -50,8 +55,8 @@ app.add_typer(cluster_app, name="cluster")
 def denoise(
     source: Source,
     output: Output,
-    weights: Annotated[str, typer.Option(help="Weights from nrrn train or nrrn weights import.")],
     options: api.Options,
+    weights: Annotated[str | None, typer.Option(help="Weights from nrrn train or nrrn weights import.")] = None,
     follow: Follow = False,
     every: Every = None,
     settle: Settle = None,
@@ -90,17 +95,21 @@ def plan(
     """Say what nrrn denoise would do with the same words, and what it would take. Writes nothing."""
     forecast = api.plan(source, output, weights, options)
     made, cost = forecast.plan, forecast.cost
-    network = network_text(made.weights.units, made.weights.channels)
+    denoiser = made.denoiser
+    if isinstance(denoiser, Weights):
+        method = network_text(denoiser.architecture) + ("" if weights else ": the paper's, as no --weights are given")
+    else:
+        method = ", ".join(f"{name} {value}" for name, value in denoiser.settings.items())
     rows = {
         "source": f"{made.source.url}, {by_text(made.source.shape)} {made.source.dtype}",
         "output": f"{made.group_url}, {by_text(made.target.shape)}, shards of {by_text(made.target.write_unit)}",
-        "network": network if weights else f"{network}: the paper's, as no --weights are given",
+        "method": method,
         "slabs": f"{cost.slabs} of {by_text(made.slab)}, tile {made.tile}, halo {made.halo}",
         "tasks": f"{cost.tasks}: {cost.statistics_tasks} for statistics, {cost.slabs} to denoise",
         "reads": f"{bytes_text(cost.read_bytes)}; {bytes_text(cost.fetched_bytes)} in whole chunks of the source",
         "read amplification": f"{cost.read_amplification:.2f}; {cost.chunk_amplification:.2f} in whole chunks",
         "writes": f"{bytes_text(cost.written_bytes)} before compression",
-        "arithmetic": f"{cost.flop / 1e12:.3g} TFLOP",
+        "arithmetic": f"{cost.flop / 1e12:.3g} TFLOP" if cost.flop else "unknown",
         "memory": f"{bytes_text(cost.worker_bytes)} a worker at its peak",
         "time": f"{duration_text(forecast.seconds)} of the network with {counted(forecast.workers, 'worker')}, "
         "from one timed tile",
@@ -109,6 +118,9 @@ def plan(
 
 
 app.command("batch")(many_volumes)
+app.command("evaluate")(compare_methods)
+app.command("ground-truth")(average_scans)
+app.command("noise")(add_noise)
 
 
 @app.command()
@@ -122,8 +134,9 @@ def info(
         header = parse_header(data, path)
         training = header.get("training")
         record = training if isinstance(training, dict) else {}
-        rows = {"units": header["units"], "channels": header["channels"], "sha256": bytes_hash(data)}
-        print_rows({key: str(value) for key, value in {**rows, **record}.items()})
+        found = architecture_of(header)
+        told = {**asdict(found), "sha256": bytes_hash(data), **record}
+        print_rows({key: str(value) for key, value in told.items()})
         return
     volume = open_volume(path)
     rows = {
@@ -212,7 +225,13 @@ def status(
 def train(
     source: Source,
     weights: Annotated[str, typer.Option("--out", metavar="W", help="Weights file to write (.safetensors).")],
-    units: Annotated[int, typer.Option(help="Building units.")] = 4,
+    network: Annotated[str, typer.Option(help=f"Kind of network: {', '.join(KINDS)}.")] = "nrrn",
+    inputs: Annotated[str | None, typer.Option(help="Of a peer: single; channels (denoisenet) or mean (unet).")] = None,
+    loss: Annotated[
+        str, typer.Option(help="adjacent (the paper's), blind-spot, or clean, which needs --clean.")
+    ] = "adjacent",
+    clean: Annotated[str | None, typer.Option(metavar="REF", help="A clean volume of SRC's shape and dtype.")] = None,
+    units: Annotated[int | None, typer.Option(help="Building units (4), layers (20) or poolings (4).")] = None,
     channels: Annotated[int, typer.Option(help="Feature maps.")] = 64,
     steps: Annotated[int, typer.Option(help="Weight updates.")] = 2000,
     batch: Annotated[int, typer.Option(help="Crops an update.")] = 16,
@@ -224,9 +243,15 @@ def train(
     device: Device = "auto",
     storage_options: StorageOptions = None,  # noqa: ARG001
 ) -> None:
-    """Train on SRC itself: no clean data is needed (the paper's loss on adjacent slices)."""
+    """Train on SRC itself: no clean data is needed (the paper's loss on adjacent slices).
+
+    Its peers, DenoiseNet and U-Net, are trained with --loss blind-spot, or on clean data.
+    """
     settings = TrainSettings(
-        units=units,
+        network=network,
+        inputs=inputs,
+        loss=loss,
+        units=units,  # type: ignore[arg-type]
         channels=channels,
         steps=steps,
         batch=batch,
@@ -243,9 +268,9 @@ def train(
             bar.start()
             bar.update(task, completed=step, speed=f"loss {loss:.4f}")
 
-        record = api.train(source, weights, settings, level, trained)
-    loss = record["mean_loss_of_last_tenth"]
-    out.print(f"{weights}: {network_text(units, channels)}, mean loss of the last tenth {loss:.4f}")
+        record = api.train(source, weights, settings, level, trained, clean)
+    said = network_text(settings.architecture)
+    out.print(f"{weights}: {said}, mean loss of the last tenth {record['mean_loss_of_last_tenth']:.4f}")
 
 
 @weights_app.command("import")
@@ -255,7 +280,7 @@ def import_weights(
 ) -> None:
     """Turn a checkpoint of the authors' tool into a weights file; nothing in it is executed."""
     network = api.import_weights(checkpoint, weights)
-    out.print(f"{weights}: {network_text(len(network.units), network.channels)}")
+    out.print(f"{weights}: {network_text(network.architecture)}")
 
 
 @cluster_app.command("check")

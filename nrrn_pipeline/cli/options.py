@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.filters import FILTERS
 from nrrn_pipeline.following import Following
 from nrrn_pipeline.geometry import Box, Shape
 from nrrn_pipeline.members import Share
@@ -38,6 +39,15 @@ Roi = Annotated[str | None, typer.Option(metavar="Z0:Z1,Y0:Y1,X0:X1", help="Deno
 LevelNumber = Annotated[int, typer.Option("--level", help="Pyramid level of SRC; 0 is full size.")]
 Images = Annotated[int, typer.Option(help="Slices an estimate is made from: 3 (the paper's), 2 or 1.")]
 Stats = Annotated[str, typer.Option(help="Normalise with each slice's own statistics or the volume's: slice, volume.")]
+MethodName = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        metavar="NAME",
+        help=f"Instead of weights, a filter: {', '.join(FILTERS)}. Or the kind of network that --weights must hold.",
+    ),
+]
+Stitch = Annotated[str, typer.Option(help="crop tiles to what they keep (exact), or blend them where they overlap.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Overwrite = Annotated[
     bool,
@@ -94,7 +104,7 @@ def parse_following(follow: bool, every: float | None, settle: float | None) -> 
     return Following(60.0 if every is None else every, 60.0 if settle is None else settle) if follow else None
 
 
-def parse_roi(text: str | None) -> Box | None:
+def parse_box(name: str, text: str | None) -> Box | None:
     """Raises InputError for a text that is no box."""
     if text is None:
         return None
@@ -102,7 +112,7 @@ def parse_roi(text: str | None) -> Box | None:
         return Box.parse(text)
     except ValueError:
         raise InputError(
-            f"--roi {text!r} is not understood: expected Z0:Z1,Y0:Y1,X0:X1 such as 0:16,0:512,0:512"
+            f"--{name} {text!r} is not understood: expected Z0:Z1,Y0:Y1,X0:X1 such as 0:16,0:512,0:512"
         ) from None
 
 
@@ -120,6 +130,8 @@ def parse_options(  # one parameter an option: that is how a command line is dec
     level: LevelNumber = 0,
     images: Images = 3,
     stats: Stats = "slice",
+    method: MethodName = None,
+    stitch: Stitch = "crop",
     device: Device = "auto",
     overwrite: Overwrite = False,
     shard_of: ShardOf = None,
@@ -129,9 +141,9 @@ def parse_options(  # one parameter an option: that is how a command line is dec
     slab_chunk_shard = parse_triple("slab", slab), parse_triple("chunk", chunk), parse_triple("shard", shard)
     return Options(
         level=level,
-        roi=parse_roi(roi),
+        roi=parse_box("roi", roi),
         layout=Layout(*slab_chunk_shard, tile, halo),
-        method=Method(images, stats),
+        method=Method(images, stats, method, stitch),
         device=device,
         cluster=cluster,
         keys=keys,
@@ -143,6 +155,7 @@ def parse_options(  # one parameter an option: that is how a command line is dec
 
 
 WORDS = frozenset(signature(parse_options).parameters)
+LAYOUT = frozenset({"slab", "chunk", "shard"})  # of the output
 WHERE = frozenset({"cluster", "keys", "workers", "prefetch", "device"})  # a run is carried out
 
 

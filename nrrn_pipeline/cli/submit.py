@@ -12,7 +12,6 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from nrrn_pipeline import api
 from nrrn_pipeline.cli.commands import app
 from nrrn_pipeline.cli.options import WORDS, parse_options
 from nrrn_pipeline.cli.terminal import err, out
@@ -22,6 +21,7 @@ from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.members import Share
 from nrrn_pipeline.places import absolute, options_text
 from nrrn_pipeline.planning import DenoisePlan
+from nrrn_pipeline.preparing import make_plan
 from nrrn_pipeline.run import check_output
 
 ALONE = "the tasks of an array share the work by themselves; for a Dask cluster of jobs use nrrn denoise --cluster"
@@ -125,8 +125,9 @@ def _words_of_denoise(given: list[str], job: ArrayJob) -> Iterator[tuple[Denoise
             if why := UNFIT.get(option.name or ""):
                 raise InputError(f"{option.opts[0]} does not go with a job array: {why}")
         values = context.params
-        source, output, weights = (absolute(values[name]) for name in ("source", "output", "weights"))
-        words = ["denoise", source, output, "--weights", weights]
+        words = ["denoise", absolute(values["source"]), absolute(values["output"])]
+        if values["weights"] is not None:
+            words += ["--weights", absolute(values["weights"])]
         for option in options:
             value = values[option.name or ""]
             if isinstance(value, bool):
@@ -143,7 +144,7 @@ def _plan_of(values: dict[str, Any], job: ArrayJob) -> DenoisePlan:
     asked = parse_options(**{name: values[name] for name in WORDS})
     options = replace(asked, share=Share(0, job.tasks))
     here = replace(options, device="auto")  # there may be a GPU where the tasks run, and none here
-    made = api.make_plan(values["source"], values["output"], values["weights"], here)
+    made = make_plan(values["source"], values["output"], values["weights"], here)
     check_output(made)
     needed, given = worker_bytes(made, options.slabs_each), job.memory_bytes
     if given is not None and needed > given:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nrrn_pipeline import api
 from nrrn_pipeline.cost import counted
 from nrrn_pipeline.errors import readable
+from nrrn_pipeline.network import Architecture
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.run import Progress as RunProgress
 
@@ -75,9 +77,10 @@ def print_rows(rows: dict[str, str]) -> None:
         out.print(f"{readable(name):{width}}  {shown}")  # never cut: scripts read it too
 
 
-def network_text(units: int, channels: int) -> str:
+def network_text(network: Architecture) -> str:
     """A network in words."""
-    return f"{counted(units, 'unit')}, {counted(channels, 'channel')}"
+    kind = "" if network.kind == "nrrn" else f"{network.kind} ({network.inputs}), "
+    return f"{kind}{counted(network.units, 'unit')}, {counted(network.channels, 'channel')}"
 
 
 def by_text(values: tuple[Any, ...]) -> str:
@@ -91,3 +94,11 @@ def duration_text(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.0f} seconds"
+
+
+def print_columns(lines: Sequence[Sequence[str]]) -> None:
+    """In columns for people, with tabs for scripts."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        padded = (f"{cell:{width}}" for cell, width in zip(line, widths, strict=True))
+        typer.echo("  ".join(padded).rstrip() if out.is_terminal else "\t".join(line))  # rich would expand tabs

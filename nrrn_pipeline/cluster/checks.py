@@ -12,11 +12,12 @@ from typing import Any
 from distributed import Client
 
 from nrrn_pipeline import storage
+from nrrn_pipeline.denoisers import Denoiser, Weights
 from nrrn_pipeline.errors import InputError, NrrnError
 from nrrn_pipeline.machine import cores, free_memory_bytes, refuse_other_versions, versions
 from nrrn_pipeline.network import choose_device, device_text
 from nrrn_pipeline.places import adopt_options, options_text
-from nrrn_pipeline.planning import DenoisePlan, Weights
+from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.retrying import reason_of
 from nrrn_pipeline.slab import read_weights_of
 from nrrn_pipeline.volume import Volume, open_volume
@@ -45,7 +46,7 @@ class Demand:
     options: str
     device: str
     source: Volume
-    weights: Weights
+    denoiser: Denoiser
     token: tuple[str, bytes]
 
 
@@ -58,7 +59,7 @@ def refuse_unfit_workers(client: Client, plans: Sequence[DenoisePlan], device: s
     for plan in plans[:MOST_SHOWN]:
         content = uuid.uuid4().bytes
         with storage.probe(plan.group_url, content) as token:
-            demand = Demand(versions(), options_text(), device, plan.source, plan.weights, (token, content))
+            demand = Demand(versions(), options_text(), device, plan.source, plan.denoiser, (token, content))
             found = client.run(trouble_here, demand, on_error="return")
         troubled = {worker: _said(answer) for worker, answer in found.items() if answer}
         if not troubled:
@@ -107,10 +108,11 @@ def _refuse_unseen(demand: Demand) -> None:
         raise InputError(f"the source is not there: {error}{_hint(demand.source.url)}") from error
     if seen.shape[1:] != demand.source.shape[1:]:
         raise InputError(f"{demand.source.url} is another volume there: {seen.shape}, not {demand.source.shape}")
-    try:
-        read_weights_of(demand.weights)
-    except InputError as error:
-        raise InputError(f"the weights are not there: {error}{_hint(demand.weights.path)}") from error
+    if isinstance(demand.denoiser, Weights):
+        try:
+            read_weights_of(demand.denoiser)
+        except InputError as error:
+            raise InputError(f"the weights are not there: {error}{_hint(demand.denoiser.path)}") from error
     folder = url.rpartition("/")[0]
     for pause in LOOKS_S:
         if storage.read_file(url) == content:

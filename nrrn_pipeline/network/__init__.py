@@ -1,6 +1,16 @@
-"""NRRN, its weights, and the slot it runs in. Needs torch, NumPy and safetensors alone."""
+"""NRRN and its trained peers, their weights, and the slot they run in. Needs torch, NumPy and safetensors alone."""
 
-from nrrn_pipeline.network.nrrn import NRRN, activation_bytes, flop_per_voxel, reach_of
+from nrrn_pipeline.network.architecture import (
+    KINDS,
+    Architecture,
+    DenoisingNetwork,
+    activation_bytes,
+    default_inputs,
+    flop_per_voxel,
+    reach_of,
+)
+from nrrn_pipeline.network.denoisenet import DenoiseNet
+from nrrn_pipeline.network.nrrn import NRRN
 from nrrn_pipeline.network.slot import (
     DEVICES,
     Network,
@@ -12,9 +22,11 @@ from nrrn_pipeline.network.slot import (
     refuse_unknown_device,
     seconds_per_pixel,
 )
+from nrrn_pipeline.network.unet import UNet
 from nrrn_pipeline.network.weights import (
     MAX_BYTES,
     NO_WEIGHTS,
+    architecture_of,
     bytes_hash,
     import_vemden,
     load_weights,
@@ -28,14 +40,21 @@ from nrrn_pipeline.network.weights import (
 
 __all__ = [
     "DEVICES",
+    "KINDS",
     "MAX_BYTES",
     "NO_WEIGHTS",
     "NRRN",
+    "Architecture",
+    "DenoiseNet",
+    "DenoisingNetwork",
     "Network",
     "TorchNetwork",
+    "UNet",
     "activation_bytes",
+    "architecture_of",
     "bytes_hash",
     "choose_device",
+    "default_inputs",
     "device_text",
     "flop_per_voxel",
     "gpu_count",

@@ -21,6 +21,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
+from nrrn_pipeline.network.architecture import Architecture, DenoisingNetwork
+
 # Slices of a triplet (0 is z-1, 1 is z, 2 is z+1) that serve as neighbours, by the number of images used.
 NEIGHBOURS = {3: (0, 2), 2: (0,), 1: (1,)}
 
@@ -59,22 +61,18 @@ class BuildingUnit(nn.Module):
         return torch.lerp(candidate, h_n, update)
 
 
-class NRRN(nn.Module):
+class NRRN(DenoisingNetwork):
     """The network of the paper's Fig. 1 with `units` building units (L) of `channels` feature maps (C)."""
 
     def __init__(self, units: int = 4, channels: int = 64) -> None:
         super().__init__()
+        self.architecture = Architecture("nrrn", units, channels, "neighbours")
         self.channels = channels
         self.first = conv3x3(1, channels)  # W0
         self.advance = conv3x3(channels, channels)  # W1
         self.units = nn.ModuleList(BuildingUnit(channels) for _ in range(units))
         self.last = conv3x3(channels, channels)  # W2, left as the framework initialises it
         self._initialise()
-
-    @property
-    def reach(self) -> int:
-        """Radius in y and x of the voxels that one output voxel depends on."""
-        return reach_of(len(self.units))
 
     def forward(self, neighbour: Tensor, centre: Tensor, estimates: bool = False) -> Tensor:
         """One branch: (n, 1, y, x) neighbour and centre -> (n, 1, y, x) estimate of the clean centre.
@@ -83,6 +81,12 @@ class NRRN(nn.Module):
         """
         every = list(self._estimates(centre, self._neighbour_states(neighbour)))
         return torch.cat(every, dim=1) if estimates else every[-1]
+
+    def estimate(self, triplet: Tensor) -> Tensor:
+        """(n, 3, y, x) normalised triplets -> (n, 1, y, x): the mean of both neighbours' branches; differentiable."""
+        before, centre, after = triplet.split(1, dim=1)
+        both: Tensor = self(torch.cat([before, after]), torch.cat([centre, centre]))
+        return torch.stack(both.chunk(2)).mean(dim=0)
 
     @torch.inference_mode()
     def denoise(self, stack: Tensor, images: int = 3) -> Tensor:
@@ -136,26 +140,3 @@ class NRRN(nn.Module):
             for layer in unit.children():
                 for (start, stop), name in zip(pairwise(edges), gates, strict=True):
                     nn.init.orthogonal_(cast("nn.Conv2d", layer).weight[start:stop], gain(name))
-
-
-def reach_of(units: int) -> int:
-    """Radius in y and x of what one output voxel depends on: L+3 in the neighbour slices, L+2 in the centre."""
-    return units + 3
-
-
-def flop_per_voxel(units: int, channels: int, images: int = 3) -> int:
-    """Floating-point operations of `denoise` for one voxel: its convolutions, a multiply-add counted as two."""
-    # C -> C, three images: W1 L, V 3L, W 3 (at l = 0 both branches share it) + 6 (L - 1), W2 2; else L + 3L + 3L + 1
-    inner = 10 * units - 1 if images == 3 else 7 * units + 1
-    outer = 2  # 1 -> C: each slice once as a neighbour, once as a centre
-    return 2 * 9 * (inner * channels**2 + outer * channels)
-
-
-def activation_bytes(units: int, channels: int, pixels: int, images: int = 3) -> int:
-    """Memory that `denoise` takes, in float32, for slices of `pixels` pixels: states held and maps in work.
-
-    The maps in work (24 C for two branches, 12 C for one) are the most that one unit holds at a time, as measured.
-    """
-    held = 3 if images == 3 else 1
-    maps = held * units * 4 + (24 if images == 3 else 12)
-    return 4 * maps * channels * pixels

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.network.nrrn import NRRN
+from nrrn_pipeline.network.architecture import DenoisingNetwork
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -31,9 +31,9 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class TorchNetwork:
-    """An NRRN in the slot: NumPy in, NumPy out, on one device."""
+    """A trained network in the slot: NumPy in, NumPy out, on one device."""
 
-    network: NRRN
+    network: DenoisingNetwork
     device: torch.device
     images: int = 3
 
@@ -41,6 +41,11 @@ class TorchNetwork:
     def reach(self) -> int:
         """The network's own."""
         return self.network.reach
+
+    @property
+    def grid(self) -> int:
+        """Voxels between two places where a tile may begin."""
+        return self.network.architecture.grid
 
     def __call__(self, stack: Stack) -> Stack:
         """(z+2, y, x) normalised stack -> (z, y, x) estimate."""
@@ -75,14 +80,14 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def in_slot(network: NRRN, device: str, images: int) -> TorchNetwork:
+def in_slot(network: DenoisingNetwork, device: str, images: int) -> TorchNetwork:
     """The network on its device, laid out for speed."""
     where = choose_device(device)
     # channels last: the layout in which convolutions of many channels run fastest, on CPU and GPU alike
     return TorchNetwork(network.to(where).to(memory_format=torch.channels_last), where, images)  # type: ignore[call-overload]
 
 
-def seconds_per_pixel(network: TorchNetwork, window: tuple[int, int], threads: int) -> float:
+def seconds_per_pixel(network: Network, window: tuple[int, int], threads: int) -> float:
     """The network's time for one pixel of a slice here, measured on two slices of noise of (y, x) `window` pixels."""
     stack = np.random.default_rng(0).standard_normal((4, *window), dtype=np.float32)
     before = torch.get_num_threads()

@@ -19,12 +19,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.network.architecture import KINDS, Architecture, DenoisingNetwork
 from nrrn_pipeline.network.nrrn import NRRN
 
 FORMAT = "nrrn-1"
 NO_WEIGHTS = "no weights at {}: give a .safetensors file written by nrrn train or nrrn weights import"
 MAX_BYTES = 2**31
-MAX_UNITS, MAX_CHANNELS = 64, 4096  # no file can make us build a network without end
 
 # vEMden's layer name -> ours, with the gate's place among the three that stand side by side in one layer
 _VEMDEN_OUTER = {"conv1": "first", "conv3": "advance", "conv2": "last"}
@@ -38,24 +38,30 @@ _VEMDEN_GATES = {
 }
 
 
-def save_weights(network: NRRN, path: str | os.PathLike[str], record: dict[str, Any]) -> None:
+def save_weights(network: DenoisingNetwork, path: str | os.PathLike[str], record: dict[str, Any]) -> None:
     """Write the network and its record (any JSON: data, loss, steps, versions) to a safetensors file, in one move."""
     partial = Path(f"{path}.partial")
     partial.write_bytes(weights_bytes(network, record))
     os.replace(partial, path)
 
 
-def weights_bytes(network: NRRN, record: dict[str, Any]) -> bytes:
-    """What save_weights writes."""
-    header = {"format": FORMAT, "units": len(network.units), "channels": network.channels, "training": record}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+def weights_bytes(network: DenoisingNetwork, record: dict[str, Any]) -> bytes:
+    """What save_weights writes; of an NRRN, neither `kind` nor `inputs`, so that its files stay as they always were."""
+    ours = network.architecture
+    which = {} if ours.kind == "nrrn" else {"kind": ours.kind, "inputs": ours.inputs}
+    header = {"format": FORMAT, **which, "units": ours.units, "channels": ours.channels, "training": record}
+    tensors = {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in network.state_dict().items()
+        if tensor.is_floating_point()  # not the batches that batch normalisation has counted: nothing reads them
+    }
     return save(tensors, metadata={"nrrn": json.dumps(header)})
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The file's `format`, `units`, `channels` and `training` record.
+    """The file's `format`, `units`, `channels` and `training` record; `kind` and `inputs` if it is not of an NRRN.
 
-    Raises InputError if the file is missing, is not safetensors, or does not hold an NRRN.
+    Raises InputError if the file is missing, is not safetensors, or does not hold a network of ours.
     """
     return parse_header(_read(path), path)
 
@@ -72,27 +78,35 @@ def parse_header(data: bytes, name: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise InputError(f"{name} does not hold an NRRN (format {FORMAT}): its weights are of another kind of network")
-    for key, most in (("units", MAX_UNITS), ("channels", MAX_CHANNELS)):
-        if type(header.get(key)) is not int or not 1 <= header[key] <= most:
-            raise InputError(f"{name} is damaged: its header says {key} {header.get(key)}, expected 1 to {most}")
+    try:
+        architecture_of(header)
+    except InputError as error:
+        raise InputError(f"{name} is damaged, or of a later version: its header's {error}") from error
     return header
 
 
-def load_weights(path: str | os.PathLike[str]) -> NRRN:
+def architecture_of(header: dict[str, Any]) -> Architecture:
+    """The network that a header describes, an NRRN unless it says another. Raises InputError if there is none such."""
+    kind, inputs = header.get("kind", "nrrn"), header.get("inputs", "neighbours")
+    return Architecture(kind, header.get("units", 0), header.get("channels", 0), inputs)
+
+
+def load_weights(path: str | os.PathLike[str]) -> DenoisingNetwork:
     """The trained network, on the CPU. Raises InputError as read_header does, or if tensors do not fit."""
     return parse_weights(_read(path), path)  # read, not mapped: a file replaced under a map ends the process by SIGBUS
 
 
-def parse_weights(data: bytes, name: str | os.PathLike[str]) -> NRRN:
+def parse_weights(data: bytes, name: str | os.PathLike[str]) -> DenoisingNetwork:
     """The same, of the bytes of a file of that name."""
-    header = parse_header(data, name)
+    architecture = architecture_of(parse_header(data, name))
     try:
         tensors = load(data)
     except (SafetensorError, LookupError, ValueError, RuntimeError, TypeError) as error:
         raise InputError(f"{name} is damaged: its tensors cannot be read ({error})") from error
     if not all(tensor.is_floating_point() for tensor in tensors.values()):
-        raise InputError(f"{name} does not hold an NRRN: some of its tensors are not of real numbers")
-    return _network(header["units"], header["channels"], tensors, name)
+        kind = KINDS[architecture.kind].name
+        raise InputError(f"{name} does not hold {kind}: some of its tensors are not of real numbers")
+    return _network(architecture, tensors, name)
 
 
 def weights_hash(path: str | os.PathLike[str]) -> str:
@@ -149,7 +163,9 @@ def import_vemden(path: str | os.PathLike[str]) -> NRRN:
         raise InputError(f"{path} is not a trained vEMden checkpoint: it has no building unit, or weights not finite")
     if state:
         raise InputError(f"{path} is not a vEMden checkpoint: it holds the layer '{min(state)}', which NRRN lacks")
-    return _network(units, channels, ours, path)
+    network = _network(Architecture("nrrn", units, channels, "neighbours"), ours, path)
+    assert isinstance(network, NRRN)
+    return network
 
 
 def _from_vemden(state: dict[str, Tensor], units: int) -> dict[str, Tensor]:
@@ -166,12 +182,12 @@ def _from_vemden(state: dict[str, Tensor], units: int) -> dict[str, Tensor]:
     return ours
 
 
-def _network(units: int, channels: int, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> NRRN:
+def _network(architecture: Architecture, tensors: dict[str, Tensor], path: str | os.PathLike[str]) -> DenoisingNetwork:
     with torch.device("meta"):  # no arithmetic for initial weights that are replaced at once
-        network = NRRN(units, channels)
+        network = architecture.build()
     try:
         network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
     except RuntimeError as error:
         first = str(error).splitlines()[1].strip()
-        raise InputError(f"{path} does not fit an NRRN with units {units}, channels {channels}: {first}") from error
+        raise InputError(f"{path} does not fit {architecture}: {first}") from error
     return network.eval().requires_grad_(False)

@@ -1,1 +1,1 @@
-"""Training without clean data. `loss` and `fit` need torch alone; `triplets` reads volumes."""
+"""Training, without clean data or with some. `loss` and `fit` need torch alone; `triplets` reads volumes."""

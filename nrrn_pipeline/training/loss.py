@@ -14,3 +14,17 @@ def adjacent_slices_loss(from_before: Tensor, from_after: Tensor, triplet: Tenso
     before, after = triplet[:, :1], triplet[:, 2:]
     apart = (from_before - from_after).square() / 4
     return ((from_before - after).square() / 2 + (from_after - before).square() / 2 - apart).mean()
+
+
+def clean_loss(estimate: Tensor, clean: Tensor) -> Tensor:
+    """Mean squared error against the clean slice ("N2C"), both (n, 1, y, x), normalised alike."""
+    return (estimate - clean).square().mean()
+
+
+def blind_spot_loss(estimate: Tensor, noisy: Tensor, blind: Tensor) -> Tensor:
+    """Mean squared error against the noisy slice on the `blind` pixels alone, which the network has not seen.
+
+    All (n, 1, y, x). Source: Krull, Buchholz & Jug, "Noise2Void" (2019). No clean data, and one noisy image of each
+    slice; but a pixel's noise has to be independent of that of the pixels around it.
+    """
+    return (estimate - noisy)[blind].square().mean()

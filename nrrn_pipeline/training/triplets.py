@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nrrn_pipeline.errors import InputError
@@ -21,13 +23,16 @@ SLICES = 128  # enough to train on; more would cost a pass over the whole volume
 RUN = 16  # consecutive slices read together, or a chunk's depth if that is more
 
 
-def triplets(volume: Volume, settings: TrainSettings) -> Iterator[Tensor]:
+def triplets(volume: Volume, settings: TrainSettings, clean: Volume | None = None) -> Iterator[Tensor]:
     """Endless (n, 3, y, x) float32 batches: crops at random places, randomly flipped, each slice z-scored as a whole.
 
     Crops come from about 128 slices, in runs spread evenly over the volume. Seeded: same settings, same batches.
+    With the `clean` volume, (n, 4, y, x): last the clean centre slice, by the noisy one's mean and standard deviation.
 
-    Raises InputError if no three consecutive slices have an image on them, or a voxel is not a finite number.
+    Raises InputError if no three consecutive slices have an image on them, or a voxel is not a finite number; or the
+    clean volume does not fit the noisy one or the settings.
     """
+    _refuse_unfit(volume, settings, clean)
     runs = training_runs(volume)
     statistics = [_measured(volume, run) for run in runs]
     places = [(run, z) for run in statistics for z in _centres(run)]
@@ -36,7 +41,7 @@ def triplets(volume: Volume, settings: TrainSettings) -> Iterator[Tensor]:
         raise InputError(
             f"{volume.url} has no three consecutive slices that are not blank in z={looked_at}: nothing can be learnt"
         )
-    return _stream(volume, settings, places)
+    return _stream(volume, settings, places, clean)
 
 
 def training_runs(volume: Volume) -> list[Span]:
@@ -54,6 +59,20 @@ def training_runs(volume: Volume) -> list[Span]:
     return runs
 
 
+def _refuse_unfit(volume: Volume, settings: TrainSettings, clean: Volume | None) -> None:
+    if (clean is None) == (settings.loss == "clean"):
+        raise InputError(
+            "loss clean needs the clean volume beside the noisy one: name it, or use loss blind-spot, or adjacent"
+            if clean is None
+            else f"loss {settings.loss} needs no clean volume: leave {clean.url} out, or use loss clean"
+        )
+    if clean is not None and (clean.shape, clean.dtype) != (volume.shape, volume.dtype):
+        raise InputError(
+            f"{clean.url} has shape {clean.shape} and dtype {clean.dtype}, {volume.url} {volume.shape} and "
+            f"{volume.dtype}: give the clean volume of the same voxels, in the same dtype"
+        )
+
+
 def _measured(volume: Volume, run: Span) -> SliceStatistics:
     outcomes = run_serially(partial(measure_box, volume), statistics_boxes(volume, run))
     return merge_boxes(measured(volume, outcome) for outcome in outcomes)
@@ -66,7 +85,9 @@ def _centres(run: SliceStatistics) -> Iterator[int]:
             yield run.first_z + i
 
 
-def _stream(volume: Volume, settings: TrainSettings, places: list[tuple[SliceStatistics, int]]) -> Iterator[Tensor]:
+def _stream(
+    volume: Volume, settings: TrainSettings, places: list[tuple[SliceStatistics, int]], clean: Volume | None
+) -> Iterator[Tensor]:
     rng = np.random.default_rng(settings.seed)
     height, width = (min(settings.crop, length) for length in volume.shape[1:])
     while True:
@@ -74,9 +95,20 @@ def _stream(volume: Volume, settings: TrainSettings, places: list[tuple[SliceSta
         for _ in range(settings.batch):
             run, z = places[rng.integers(len(places))]
             y, x = (int(rng.integers(n - m + 1)) for n, m in zip(volume.shape[1:], (height, width), strict=True))
-            crop = read_box(volume, Box(Span(z - 1, z + 2), Span(y, y + height), Span(x, x + width)))
-            own = run.of(Span(z - 1, z + 2))
+            box = Box(Span(z - 1, z + 2), Span(y, y + height), Span(x, x + width))
+            own = run.of(box.z)
             mean, std = (np.array(values, np.float32)[:, None, None] for values in (own.mean, own.std))
+            crop = (read_box(volume, box) - mean) / std
+            if clean is not None:
+                crop = np.concatenate([crop, (_clean_slice(clean, z, box) - mean[1:2]) / std[1:2]])
             flips = tuple(axis for axis in (1, 2) if rng.integers(2))
-            batch.append(np.flip((crop - mean) / std, flips))
+            batch.append(np.flip(crop, flips))
         yield torch.from_numpy(np.stack(batch).astype(np.float32))
+
+
+def _clean_slice(clean: Volume, z: int, box: Box) -> NDArray[Any]:
+    """(1, y, x) voxels of the clean slice z. Raises InputError if one is not a finite number."""
+    voxels = read_box(clean, Box(Span(z, z + 1), box.y, box.x))
+    if not np.isfinite(voxels).all():
+        raise InputError(f"{clean.url} holds NaN or infinite voxels in slice z={z}: replace them (with 0, say)")
+    return voxels

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from distributed import Client
 
-from nrrn_pipeline import Layout, Options, api
+from nrrn_pipeline import Layout, Options
 from nrrn_pipeline.cluster import local_client
 from nrrn_pipeline.ledger import Ledger
+from nrrn_pipeline.preparing import make_plan
 from nrrn_pipeline.run import run_plan
 from nrrn_pipeline.runners import DaskRunner
 from tests.support import bare_zarr, tiny_weights
@@ -47,7 +48,7 @@ def seconds_for(client: Client, workers: int, folder: Path, seconds: float) -> f
     client.run(sleep_instead, seconds * workers / SLABS)
     layout = Layout(chunk=(1, SIDE, SIDE), shard=(1, SIDE, SIDE))
     output = folder / f"{workers}.zarr"
-    plan = api.make_plan(folder / "raw.zarr", output, folder / "w.safetensors", Options(layout=layout, device="cpu"))
+    plan = make_plan(folder / "raw.zarr", output, folder / "w.safetensors", Options(layout=layout, device="cpu"))
     began = ended = 0.0
     for progress in run_plan(plan, DaskRunner(client), "cpu"):
         if progress.stage == "denoising":

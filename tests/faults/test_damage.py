@@ -21,6 +21,7 @@ from nrrn_pipeline.cluster import local_client
 from nrrn_pipeline.errors import SlabsFailedError
 from nrrn_pipeline.ledger import Ledger
 from nrrn_pipeline.planning import DenoisePlan, plan_denoise
+from nrrn_pipeline.preparing import describe_weights
 from nrrn_pipeline.run import BREAKER, run_plan
 from nrrn_pipeline.runners import ATTEMPTS, DaskRunner, Outcome, run_serially
 from nrrn_pipeline.slab import SlabTask
@@ -40,7 +41,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DenoisePlan:
     monkeypatch.setattr("nrrn_pipeline.presence.LEASE_S", 0.2)
     monkeypatch.setattr("nrrn_pipeline.presence.LOOK_S", 0.05)
     noise = np.random.default_rng(0).integers(0, 256, (12, 64, 60), dtype=np.uint8)
-    weights = api.describe_weights(tiny_weights(tmp_path / "w.safetensors"))
+    weights = describe_weights(tiny_weights(tmp_path / "w.safetensors"))
     source = open_volume(bare_zarr(tmp_path / "in.zarr", noise))
     made = plan_denoise(source, str(tmp_path / "out.zarr"), weights, LAYOUT)
     assert len(made.slabs) == SLABS
@@ -175,7 +176,7 @@ def test_clocks_that_jump_change_nothing(
     real, wrong = time.time, [0]
     for name in ("time.time", "nrrn_pipeline.slab.time"):
         monkeypatch.setattr(name, lambda: real() + 3600 * wrong[0])
-    jumping = plan_denoise(plan.source, str(tmp_path / "jumping.zarr"), plan.weights, LAYOUT)
+    jumping = plan_denoise(plan.source, str(tmp_path / "jumping.zarr"), plan.denoiser, LAYOUT)
     wrong[0] = hours[0]
     started = run_plan(jumping, run_serially, "cpu")
     for _ in range(8):
@@ -218,7 +219,7 @@ def test_a_ledger_cut_short_is_mended_by_the_same_command(
     plan: DenoisePlan, whole: dict[str, bytes], name: str, finished: bool, tmp_path: Path
 ) -> None:
     if not finished:
-        plan = plan_denoise(plan.source, str(tmp_path / "part.zarr"), plan.weights, LAYOUT)
+        plan = plan_denoise(plan.source, str(tmp_path / "part.zarr"), plan.denoiser, LAYOUT)
         part = run_plan(plan, run_serially, "cpu")
         while next(part).done < 5 or not Ledger(plan.target.url).done():
             pass
@@ -343,7 +344,7 @@ def test_repair_takes_weights_that_were_moved_and_no_others(
 ) -> None:
     damage_one(plan, flip)
     damaged = verify(plan.group_url, deep=True)
-    moved = Path(plan.weights.path).rename(tmp_path / "moved.safetensors")
+    moved = Path(plan.denoiser.path).rename(tmp_path / "moved.safetensors")
     for wrong in (None, tiny_weights(tmp_path / "other.safetensors", seed=3)):
         with pytest.raises(InputError):
             repair(plan.group_url, wrong, OPTIONS)

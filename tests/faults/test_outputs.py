@@ -19,6 +19,7 @@ from nrrn_pipeline.geometry import boxes_of
 from nrrn_pipeline.lease import Lease
 from nrrn_pipeline.ledger import Ledger
 from nrrn_pipeline.planning import DenoisePlan, plan_denoise
+from nrrn_pipeline.preparing import describe_weights
 from nrrn_pipeline.run import run_plan
 from nrrn_pipeline.runners import DaskRunner, run_serially
 from nrrn_pipeline.slab import SlabTask, denoise_slab
@@ -31,12 +32,12 @@ LAYOUT = Layout(chunk=(2, 32, 32), shard=(4, 32, 64), tile=40)
 @pytest.fixture
 def plan(tmp_path: Path) -> DenoisePlan:
     source = bare_zarr(tmp_path / "in.zarr", image_like((12, 60, 100)))
-    weights = api.describe_weights(tiny_weights(tmp_path / "w.safetensors"))
+    weights = describe_weights(tiny_weights(tmp_path / "w.safetensors"))
     return plan_denoise(open_volume(source), str(tmp_path / "out.zarr"), weights, LAYOUT)
 
 
 def with_other_weights(plan: DenoisePlan, folder: Path) -> DenoisePlan:
-    return replace(plan, weights=api.describe_weights(tiny_weights(folder / "other.safetensors", seed=9)))
+    return replace(plan, denoiser=describe_weights(tiny_weights(folder / "other.safetensors", seed=9)))
 
 
 def slabs_done_by(plan: DenoisePlan, overwrite: bool = False) -> int:
@@ -162,7 +163,7 @@ def test_a_path_that_the_terminal_cannot_show_ends_no_run(
     plan: DenoisePlan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "a[/b] ünï.zarr"
-    denoise(plan.source.url, output, plan.weights.path, Options(cluster="serial", layout=LAYOUT, device="cpu"))
+    denoise(plan.source.url, output, plan.denoiser.path, Options(cluster="serial", layout=LAYOUT, device="cpu"))
     from nrrn_pipeline.cli import app
 
     app(["verify", str(output)], standalone_mode=False)

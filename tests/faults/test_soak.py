@@ -17,10 +17,11 @@ import pytest
 from distributed import Client, LocalCluster
 from fsspec.spec import AbstractFileSystem
 
-from nrrn_pipeline import Layout, api, slab
+from nrrn_pipeline import Layout, slab
 from nrrn_pipeline.geometry import Box
 from nrrn_pipeline.ledger import Ledger, Record
 from nrrn_pipeline.planning import DenoisePlan, plan_denoise, slab_key
+from nrrn_pipeline.preparing import describe_weights
 from nrrn_pipeline.run import run_plan
 from nrrn_pipeline.runners import DaskRunner
 from nrrn_pipeline.volume import open_volume
@@ -113,7 +114,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DenoisePla
     stored = bare_zarr(tmp_path / "in.zarr", noise, chunks=(DEPTH, 8, 8))
     for file in filter(Path.is_file, stored.rglob("*")):
         Sizes.objects[f"soak/in.zarr/{file.relative_to(stored)}"] = file.read_bytes()
-    weights = api.describe_weights(tiny_weights(tmp_path / "w.safetensors"))
+    weights = describe_weights(tiny_weights(tmp_path / "w.safetensors"))
     layout = Layout(chunk=(1, 8, 8), shard=(1, 8, 8), tile=64)
     yield plan_denoise(open_volume("sizes://soak/in.zarr"), "sizes://soak/out.zarr", weights, layout)
     Sizes.objects.clear()

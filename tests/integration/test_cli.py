@@ -236,7 +236,7 @@ def test_plan_tells_what_a_run_will_take_and_writes_nothing(
     assert re.fullmatch(r"[\d.e-]+ TFLOP", told["arithmetic"])
     assert re.fullmatch(r"[\d.]+ MB a worker at its peak", told["memory"])
     assert re.fullmatch(r"\d+ seconds of the network with 1 worker, from one timed tile", told["time"])
-    assert told["network"] == (
+    assert told["method"] == (
         "1 unit, 4 channels" if with_weights else "4 units, 64 channels: the paper's, as no --weights are given"
     )
     assert _times(denoise.folder) == before

@@ -20,6 +20,7 @@ from distributed import Client
 from nrrn_pipeline import InputError, Layout, Options, api, denoise, runners, verify
 from nrrn_pipeline.cluster import AddressSettings, LocalSettings, checks
 from nrrn_pipeline.cluster.checks import refuse_unfit_workers
+from nrrn_pipeline.preparing import make_plan
 from nrrn_pipeline.runners import DaskRunner
 from nrrn_pipeline.trial import rows_of, try_cluster
 from tests.support import bare_zarr, image_like, stored_chunks, tiny_weights
@@ -200,7 +201,7 @@ def test_bytes_are_those_of_a_serial_run(lab: Path, scheduler: str, tmp_path_fac
 
 
 def test_all_workers_are_asked(lab: Path, scheduler: str, tmp_path_factory: Any) -> None:
-    plan = api.make_plan(lab / "raw.zarr", lab / "out.zarr", lab / "w.safetensors", Options(layout=LAYOUT))
+    plan = make_plan(lab / "raw.zarr", lab / "out.zarr", lab / "w.safetensors", Options(layout=LAYOUT))
     with (
         worker(scheduler, tmp_path_factory.mktemp("worker")),
         worker(scheduler, tmp_path_factory.mktemp("worker"), code=HIDDEN),

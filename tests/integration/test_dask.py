@@ -20,6 +20,7 @@ from nrrn_pipeline import api
 from nrrn_pipeline.cluster import local_client
 from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.planning import DenoisePlan, Layout, plan_denoise
+from nrrn_pipeline.preparing import describe_weights
 from nrrn_pipeline.run import run_plan
 from nrrn_pipeline.runners import ATTEMPTS, DaskRunner, Outcome, Runner, run_serially
 from nrrn_pipeline.slab import SlabTask, denoise_slab
@@ -178,7 +179,7 @@ def prepared(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def _plan(prepared: tuple[Path, Path], output: Path) -> DenoisePlan:
-    return plan_denoise(open_volume(prepared[0]), str(output), api.describe_weights(prepared[1]), LAYOUT)
+    return plan_denoise(open_volume(prepared[0]), str(output), describe_weights(prepared[1]), LAYOUT)
 
 
 def test_dask_writes_the_same_bytes_as_the_serial_runner(

@@ -18,10 +18,10 @@ import fsspec
 import pytest
 
 from nrrn_pipeline import Box, InputError, Layout, Options, denoise, open_volume, using_options, verify
-from nrrn_pipeline.api import describe_weights
 from nrrn_pipeline.cluster import local_client
 from nrrn_pipeline.ledger import Ledger
 from nrrn_pipeline.planning import plan_denoise
+from nrrn_pipeline.preparing import describe_weights
 from nrrn_pipeline.run import run_plan
 from nrrn_pipeline.runners import DaskRunner
 from nrrn_pipeline.slab import SlabTask, denoise_slab

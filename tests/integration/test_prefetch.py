@@ -12,6 +12,7 @@ from distributed import Client, LocalCluster
 from nrrn_pipeline import Layout, api, slab
 from nrrn_pipeline.cost import worker_bytes
 from nrrn_pipeline.planning import DenoisePlan, plan_denoise
+from nrrn_pipeline.preparing import describe_weights
 from nrrn_pipeline.run import run_plan
 from nrrn_pipeline.runners import DaskRunner, run_serially
 from nrrn_pipeline.volume import open_volume
@@ -26,9 +27,7 @@ def planned(folder: Path, output: str) -> DenoisePlan:
         bare_zarr(source, image_like((4 * SLABS, 32, 32)))
         tiny_weights(folder / "w.safetensors")
     layout = Layout(chunk=(4, 32, 32), shard=(4, 32, 32))
-    return plan_denoise(
-        open_volume(source), str(folder / output), api.describe_weights(folder / "w.safetensors"), layout
-    )
+    return plan_denoise(open_volume(source), str(folder / output), describe_weights(folder / "w.safetensors"), layout)
 
 
 class Witness:

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nrrn_pipeline import Layout, Options, denoise, presence, sharing, storage, verify
-from nrrn_pipeline.api import make_plan
 from nrrn_pipeline.members import Member, Share
+from nrrn_pipeline.preparing import make_plan
 from nrrn_pipeline.runners import ThreadRunner, run_serially
 from nrrn_pipeline.sharing import run_share
 from tests.support import bare_zarr, image_like, stored_chunks, tiny_weights

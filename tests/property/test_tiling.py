@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -10,9 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.geometry import Box, Span
 from nrrn_pipeline.network import in_slot, weights_hash
-from nrrn_pipeline.planning import DenoisePlan, Layout, Method, Weights, plan_denoise
+from nrrn_pipeline.planning import DenoisePlan, Layout, Method, plan_denoise
 from nrrn_pipeline.run import run_plan
 from nrrn_pipeline.runners import run_serially
 from nrrn_pipeline.slab import SlabTask, denoise_voxels
@@ -89,9 +91,8 @@ def stitched(halo: int, folder: Path) -> np.ndarray:
     statistics = merge_boxes([measure_box(source, source.box)])
     plan = plan_denoise(source, str(folder / "out.zarr"), Weights("", "", 1, 4), Layout(slab=source.shape))
     (slab,) = plan.slabs
-    return denoise_voxels(
-        read_box(source, source.box), SlabTask(slab, statistics), in_slot(network, "cpu", 3), 40, halo
-    )
+    cut = replace(plan, tile=40, halo=halo)
+    return denoise_voxels(read_box(source, source.box), SlabTask(slab, statistics), in_slot(network, "cpu", 3), cut)
 
 
 def test_a_halo_one_voxel_short_shows_and_the_reach_itself_does_not(tmp_path: Path) -> None:

@@ -86,3 +86,19 @@ def test_a_box_reads_back_from_its_text() -> None:
 def test_other_text_is_no_box(text: str) -> None:
     with pytest.raises(ValueError, match=r"unpack|invalid literal|does not give"):
         Box.parse(text)
+
+
+@given(tilings(), st.integers(2, 16))
+def test_on_a_grid_every_tile_begins_at_a_multiple_and_reads_its_halo(
+    tiling: tuple[Span, Span, int, int], grid: int
+) -> None:
+    keep, bounds, window, halo = tiling
+    bounds = bounds.aligned(grid)
+    cuts = tiles_of(keep, bounds, window + grid, halo, grid)
+    assert [i for cut in cuts for i in range(cut.keep.start, cut.keep.stop)] == list(range(keep.start, keep.stop))
+    for cut in cuts:
+        needed = cut.keep.grown(halo, bounds)
+        assert cut.read.start % grid == 0
+        assert bounds.start <= cut.read.start <= needed.start
+        assert needed.stop <= cut.read.stop <= bounds.stop
+        assert len(cut.read) <= window + grid

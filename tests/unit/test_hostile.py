@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nrrn_pipeline import ome
-from nrrn_pipeline.cli.options import parse_roi, parse_triple
+from nrrn_pipeline.cli.options import parse_box, parse_triple
+from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.geometry import Box, Span
-from nrrn_pipeline.planning import DenoisePlan, Layout, Weights, plan_denoise
+from nrrn_pipeline.planning import DenoisePlan, Layout, plan_denoise
 from nrrn_pipeline.volume import Volume, open_volume, read_box
 from tests.hostile import DEEP, EVIL, HUGE, JSON, changed, frugal, paths_in, refusal, refused_in_one_line
 from tests.support import bare_zarr, image_like, ome_image, tiny_weights
@@ -192,7 +193,7 @@ TEXTS = st.text(max_size=30) | st.lists(
 
 @given(text=TEXTS)
 def test_any_text_is_a_roi_and_three_sizes_or_refused(text: str) -> None:
-    roi, sizes = frugal(lambda: parse_roi(text)), frugal(lambda: parse_triple("slab", text))
+    roi, sizes = frugal(lambda: parse_box("roi", text)), frugal(lambda: parse_triple("slab", text))
     assert roi is None or Box.parse(str(roi)) == roi
     assert sizes is None or [type(size) for size in sizes] == [int] * 3
 

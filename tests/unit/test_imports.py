@@ -55,6 +55,7 @@ def test_the_public_names_are_these() -> None:
         "InputError",
         "Layout",
         "Method",
+        "Noise",
         "NrrnError",
         "Options",
         "RunError",
@@ -62,6 +63,10 @@ def test_the_public_names_are_these() -> None:
         "SlabsFailedError",
         "StorageError",
         "TrainSettings",
+        "Yardstick",
+        "add_noise",
+        "candidates",
+        "compare",
         "denoise",
         "follow",
         "import_weights",
@@ -74,6 +79,7 @@ def test_the_public_names_are_these() -> None:
         "train",
         "using_options",
         "verify",
+        "write_results",
     ]
     assert dir(nrrn_pipeline) == nrrn_pipeline.__all__
 

@@ -12,10 +12,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nrrn_pipeline import storage
+from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Span
 from nrrn_pipeline.ledger import Ledger, Record
-from nrrn_pipeline.planning import DenoisePlan, Weights, plan_denoise
+from nrrn_pipeline.planning import DenoisePlan, plan_denoise
 from nrrn_pipeline.statistics import SliceStatistics
 from nrrn_pipeline.volume import Volume
 
@@ -81,7 +82,7 @@ def test_an_output_is_not_begun_again_with_another_plan(ledger: Ledger) -> None:
 def test_every_changed_setting_is_told_with_its_old_and_new_value(ledger: Ledger) -> None:
     plan = _plan(ledger)
     ledger.begin(plan)
-    other = replace(plan, tile=64, weights=replace(plan.weights, sha256="beef"))
+    other = replace(plan, tile=64, denoiser=replace(plan.denoiser, sha256="beef"))
     assert set(ledger.changes(other)) == {"tile was 256, now 64", "weights sha256 was cafe, now beef"}
 
 

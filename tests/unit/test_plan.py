@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from nrrn_pipeline.cost import cost_of, fetched_voxels
+from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.filters import Filter
 from nrrn_pipeline.geometry import Box, Shape, Span, box_of
 from nrrn_pipeline.network import flop_per_voxel
-from nrrn_pipeline.planning import CHUNK, SHARD, DenoisePlan, Layout, Method, Weights, plan_denoise
+from nrrn_pipeline.noise import Noise
+from nrrn_pipeline.planning import CHUNK, SHARD, DenoisePlan, Layout, Method, plan_denoise
 from nrrn_pipeline.statistics import statistics_boxes
 from nrrn_pipeline.volume import Volume
 from tests.support import tiny_network
@@ -40,7 +43,7 @@ CHANGED = {
     "source shape": replace(PLAN, source=replace(PLAN.source, shape=(11, 70, 50))),
     "dtype": replace(PLAN, source=replace(PLAN.source, dtype="float32")),
     "roi": replace(PLAN, box=Box(Span(0, 10), Span(0, 70), Span(0, 32))),
-    "weights": replace(PLAN, weights=replace(WEIGHTS, sha256="beef")),
+    "weights": replace(PLAN, denoiser=replace(WEIGHTS, sha256="beef")),
     "slab": replace(PLAN, slab=(4, 64, 32)),
     "shard": replace(PLAN, target=replace(PLAN.target, write_unit=(4, 16, 32))),
     "chunk": replace(PLAN, target=replace(PLAN.target, chunk=(4, 16, 32))),
@@ -48,10 +51,14 @@ CHANGED = {
     "halo": replace(PLAN, halo=5),
     "images": replace(PLAN, method=Method(images=2)),
     "statistics": replace(PLAN, method=Method(statistics="volume")),
+    "stitch": replace(PLAN, method=Method(stitch="blend")),
+    "filter": replace(PLAN, denoiser=Filter("mean", 0.5)),
+    "filter's noise": replace(PLAN, denoiser=Filter("mean", 0.6)),
+    "noise": replace(PLAN, denoiser=Noise(sigma=30)),
 }
 SAME = {
     "the same again": small_plan(),
-    "the weights' place": replace(PLAN, weights=replace(WEIGHTS, path="/moved.safetensors")),
+    "the weights' place": replace(PLAN, denoiser=replace(WEIGHTS, path="/moved.safetensors")),
     "the output's place": replace(PLAN, target=replace(PLAN.target, url="/moved.zarr/0")),
     "the source's chunks": replace(PLAN, source=replace(PLAN.source, chunk=(1, 70, 50), write_unit=(1, 70, 50))),
     "the voxel size": replace(PLAN, source=replace(PLAN.source, voxel_size=(1.0, 1.0, 1.0))),
@@ -133,7 +140,7 @@ def test_slabs_have_names_of_their_own(plan: DenoisePlan) -> None:
 def test_tiles_keep_every_voxel_of_a_slabs_plane_once(plan: DenoisePlan) -> None:
     for slab in plan.slabs:
         kept = np.zeros(plan.source.shape[1:], int)
-        for y, x in slab.tiles(plan.tile, plan.halo):
+        for y, x in plan.tiles(slab):
             kept[y.keep.start : y.keep.stop, x.keep.start : x.keep.stop] += 1
         assert kept.sum() == len(slab.keep.y) * len(slab.keep.x)
         assert kept.max() == 1
@@ -175,9 +182,7 @@ def test_cost_counts_the_whole_chunks_that_reads_touch(plan: DenoisePlan) -> Non
     ids=["whole", "small tiles", "roi at the start", "roi at the end"],
 )
 def test_cost_counts_the_arithmetic_of_every_tile(plan: DenoisePlan) -> None:
-    pixels = sum(
-        len(slab.keep.z) * len(y.read) * len(x.read) for slab in plan.slabs for y, x in slab.tiles(plan.tile, plan.halo)
-    )
+    pixels = sum(len(slab.keep.z) * len(y.read) * len(x.read) for slab in plan.slabs for y, x in plan.tiles(slab))
     assert cost_of(plan).flop == pytest.approx(pixels * flop_per_voxel(1, 4))
 
 

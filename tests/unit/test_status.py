@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from nrrn_pipeline import presence as presence_module
 from nrrn_pipeline import storage
 from nrrn_pipeline.api import Status, status
+from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.lease import Lease
 from nrrn_pipeline.ledger import Ledger, Record
 from nrrn_pipeline.places import files_of
-from nrrn_pipeline.planning import DenoisePlan, Layout, Weights, plan_denoise
+from nrrn_pipeline.planning import DenoisePlan, Layout, plan_denoise
 from nrrn_pipeline.presence import LEASE_S
 from nrrn_pipeline.volume import Volume
 

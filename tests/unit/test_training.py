@@ -18,10 +18,10 @@ from torch import Tensor
 from nrrn_pipeline import api, statistics
 from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.geometry import Box, Span
-from nrrn_pipeline.network import NRRN, load_weights, read_header
+from nrrn_pipeline.network import NRRN, DenoisingNetwork, load_weights, read_header, weights_bytes
 from nrrn_pipeline.training import triplets as streaming
 from nrrn_pipeline.training.fit import TrainSettings, fit
-from nrrn_pipeline.training.loss import adjacent_slices_loss
+from nrrn_pipeline.training.loss import adjacent_slices_loss, clean_loss
 from nrrn_pipeline.training.triplets import training_runs, triplets
 from nrrn_pipeline.volume import Volume, open_volume
 from tests.support import bare_zarr, image_like, tiny_network
@@ -66,11 +66,11 @@ def batch_of(n: int = 4, size: int = 12, seed: int = 0) -> Tensor:
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def parameters_of(network: NRRN) -> dict[str, Tensor]:
+def parameters_of(network: DenoisingNetwork) -> dict[str, Tensor]:
     return dict(network.named_parameters())
 
 
-def same_weights(a: NRRN, b: NRRN) -> bool:
+def same_weights(a: DenoisingNetwork, b: DenoisingNetwork) -> bool:
     return all(torch.equal(parameter, parameters_of(b)[name]) for name, parameter in parameters_of(a).items())
 
 
@@ -98,6 +98,10 @@ def test_loss_asks_each_branch_for_the_neighbour_that_it_has_not_seen() -> None:
     before, after = triplet[:, :1], triplet[:, 2:]
     swapped = adjacent_slices_loss(before, after, triplet)
     assert adjacent_slices_loss(after, before, triplet) < swapped
+
+
+def test_clean_loss_is_the_mean_squared_error() -> None:
+    assert clean_loss(torch.tensor([[[[1.0, 4.0]]]]), torch.tensor([[[[3.0, 4.0]]]])).item() == 2
 
 
 @pytest.mark.parametrize(("halve_every", "rates"), [(0, (1, 1, 1)), (1, (1, 0.5, 0.25)), (2, (1, 1, 0.5))])
@@ -149,6 +153,96 @@ def test_the_seed_decides_the_weights(tmp_path: Path) -> None:
     )
     assert same_weights(first, again)
     assert not same_weights(first, other)
+
+
+def wavy(n: int, size: int, random: torch.Generator) -> Tensor:
+    """(n, 1, y, x) smooth images of mean 0 and standard deviation about 1, each of another phase."""
+    y, x = torch.arange(size)[:, None] / 3, torch.arange(size) / 4
+    phase = 6.28 * torch.rand(2, n, 1, 1, 1, generator=random)
+    return torch.sin(y + phase[0]) + torch.cos(x + phase[1])
+
+
+def noisy_batches(with_clean: bool, seed: int = 0) -> Iterator[Tensor]:
+    """Batches of three noisy images of one scene, noise of standard deviation 1; with the scene behind them."""
+    random = torch.Generator().manual_seed(seed)
+    while True:
+        clean = wavy(4, 24, random)
+        noisy = clean + torch.randn(4, 3, 24, 24, generator=random)
+        yield torch.cat([noisy, clean], 1) if with_clean else noisy
+
+
+TRAINED = [
+    ("nrrn", None, 1, "clean"),
+    ("nrrn", None, 1, "blind-spot"),
+    ("nrrn", None, 1, "adjacent"),
+    ("denoisenet", "channels", 4, "clean"),
+    ("denoisenet", "single", 4, "clean"),
+    ("denoisenet", "channels", 4, "blind-spot"),
+    ("denoisenet", "single", 4, "blind-spot"),
+    ("unet", "mean", 1, "clean"),
+    ("unet", "single", 2, "clean"),
+    ("unet", "mean", 2, "blind-spot"),
+    ("unet", "single", 1, "blind-spot"),
+]
+
+
+@pytest.mark.parametrize(("network", "inputs", "units", "loss"), TRAINED)
+def test_every_network_learns_to_denoise_by_every_loss(network: str, inputs: str | None, units: int, loss: str) -> None:
+    settings = replace(TINY, network=network, inputs=inputs, units=units, loss=loss, steps=80)
+    losses: list[float] = []
+    fitted = fit(noisy_batches(loss == "clean"), settings, lambda step, value: losses.append(value))
+    unseen = next(noisy_batches(with_clean=True, seed=9))
+    triplet, clean = unseen.split([3, 1], dim=1)
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
+    given = triplet.mean(1, keepdim=True) if inputs == "mean" else triplet[:, 1:2]
+    assert clean_loss(fitted.estimate(triplet), clean) < 0.9 * clean_loss(given, clean)
+
+
+@pytest.mark.parametrize(("network", "inputs", "units", "loss"), TRAINED)
+def test_the_same_seed_and_batches_give_the_same_weights(
+    network: str, inputs: str | None, units: int, loss: str
+) -> None:
+    settings = replace(TINY, network=network, inputs=inputs, units=units, loss=loss)
+
+    def bits(seed: int) -> bytes:
+        return weights_bytes(fit(noisy_batches(loss == "clean"), replace(settings, seed=seed), unwatched), {})
+
+    assert bits(0) == bits(0)
+    assert bits(0) != bits(1)
+
+
+@pytest.mark.parametrize("loss", ["clean", "blind-spot"])
+def test_a_fitted_peer_is_ready_to_infer(loss: str) -> None:
+    settings = replace(TINY, network="unet", loss=loss)
+    fitted = fit(noisy_batches(loss == "clean"), settings, unwatched)
+    assert fitted.architecture == settings.architecture
+    assert not any(module.training for module in fitted.modules())
+    assert not any(parameter.requires_grad for parameter in fitted.parameters())
+    moments = [tensor for name, tensor in fitted.state_dict().items() if name.endswith("running_mean")]
+    assert all((moment != 0).any() for moment in moments)
+
+
+@pytest.mark.parametrize(("network", "seen"), [("nrrn", "neighbours"), ("denoisenet", "channels"), ("unet", "mean")])
+def test_a_network_sees_more_than_one_slice_unless_told(network: str, seen: str) -> None:
+    assert replace(TINY, network=network, units=2, loss="clean").architecture.inputs == seen
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"network": "resnet"}, "network 'resnet' is unknown: use nrrn or denoisenet or unet"),
+        ({"loss": "perceptual"}, "loss 'perceptual' is unknown: use adjacent or clean or blind-spot"),
+        ({"network": "unet"}, "loss adjacent is not possible for unet.*use clean or blind-spot"),
+        ({"network": "denoisenet", "units": 4}, "loss adjacent is not possible for denoisenet"),
+        ({"network": "denoisenet", "units": 1, "loss": "clean"}, "units 1 is not possible for denoisenet"),
+        ({"network": "unet", "inputs": "channels", "loss": "clean"}, "inputs 'channels' is not possible for unet"),
+        ({"inputs": "single"}, "inputs 'single' is not possible for nrrn: use neighbours"),
+        ({"inputs": ""}, "inputs '' is not possible for nrrn"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        replace(TINY, **changes)
 
 
 def test_training_that_diverges_fails_with_the_step_and_a_way_out() -> None:
@@ -226,6 +320,56 @@ def test_the_seed_decides_the_batches(tmp_path: Path) -> None:
     )
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def clean_beside(folder: Path, voxels: NDArray[Any], name: str = "clean.zarr") -> Volume:
+    return open_volume(bare_zarr(folder / name, voxels))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_the_clean_slice_is_scaled_as_the_noisy_centre_slice_is(tmp_path: Path, dtype: str) -> None:
+    noisy = image_like((6, 20, 22), dtype)
+    clean = image_like((6, 20, 22), dtype, seed=1)
+    volume, beside = stored(tmp_path, noisy), clean_beside(tmp_path, clean)
+    settings = replace(TINY, loss="clean", batch=8, crop=12)
+    exact = noisy.astype(np.float64)
+    scaled = (clean - exact.mean((1, 2), keepdims=True)) / exact.std((1, 2), keepdims=True)
+    for crop in next(triplets(volume, settings, beside)):
+        z, y, x, flips = places_of(crop[:3], noisy)[0]
+        expected = np.flip(scaled[z, y : y + 12, x : x + 12], [axis - 1 for axis in flips])
+        np.testing.assert_allclose(crop[3].numpy(), expected, atol=1e-4)
+
+
+def test_the_clean_volume_does_not_change_the_noisy_crops(tmp_path: Path) -> None:
+    volume = stored(tmp_path, image_like((6, 20, 22)))
+    beside = clean_beside(tmp_path, image_like((6, 20, 22), seed=1))
+    alone = islice(triplets(volume, TINY), 3)
+    both = islice(triplets(volume, replace(TINY, loss="clean"), beside), 3)
+    assert all(torch.equal(a, b[:, :3]) for a, b in zip(alone, both, strict=True))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((6, 20, 21), "uint8"), ((5, 20, 22), "uint8"), ((6, 20, 22), "uint16")])
+def test_a_clean_volume_of_other_voxels_is_refused(tmp_path: Path, shape: tuple[int, int, int], dtype: str) -> None:
+    volume = stored(tmp_path, image_like((6, 20, 22)))
+    beside = clean_beside(tmp_path, image_like(shape, dtype))
+    with pytest.raises(InputError, match=r"clean\.zarr has shape .* give the clean volume of the same voxels"):
+        triplets(volume, replace(TINY, loss="clean"), beside)
+
+
+def test_a_clean_volume_and_the_loss_that_needs_it_go_together(tmp_path: Path) -> None:
+    volume = stored(tmp_path, image_like((6, 20, 22)))
+    with pytest.raises(InputError, match="loss clean needs the clean volume"):
+        triplets(volume, replace(TINY, loss="clean"))
+    for loss in ("adjacent", "blind-spot"):
+        with pytest.raises(InputError, match=f"loss {loss} needs no clean volume"):
+            triplets(volume, replace(TINY, loss=loss), volume)
+
+
+def test_a_clean_volume_with_voxels_that_are_no_numbers_is_refused(tmp_path: Path) -> None:
+    volume = stored(tmp_path, image_like((6, 20, 22), "float32"))
+    beside = clean_beside(tmp_path, np.full((6, 20, 22), np.nan, np.float32))
+    with pytest.raises(InputError, match=r"clean\.zarr holds NaN or infinite voxels in slice z=\d"):
+        next(triplets(volume, replace(TINY, loss="clean"), beside))
 
 
 def one_slice() -> NDArray[Any]:

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nrrn_pipeline import storage
-from nrrn_pipeline.api import describe_weights
+from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import InputError, StorageError
 from nrrn_pipeline.network import (
+    Architecture,
+    architecture_of,
     bytes_hash,
     in_slot,
     load_weights,
@@ -27,7 +29,7 @@ from nrrn_pipeline.network import (
     weights_bytes,
     weights_hash,
 )
-from nrrn_pipeline.planning import Weights
+from nrrn_pipeline.preparing import describe_weights
 from nrrn_pipeline.slab import load_network, read_weights
 from tests.servers import ObjectStore
 from tests.support import tiny_network, tiny_weights
@@ -55,6 +57,88 @@ def test_weights_load_as_they_were_saved_to_the_last_bit(tmp_path: Path, units: 
     assert (len(after.units), after.channels) == (units, channels)
     assert before.state_dict().keys() == after.state_dict().keys()
     assert all(torch.equal(tensor, after.state_dict()[name]) for name, tensor in before.state_dict().items())
+
+
+PEERS = [
+    Architecture("denoisenet", 4, 4, "channels"),
+    Architecture("denoisenet", 3, 2, "single"),
+    Architecture("unet", 1, 4, "mean"),
+    Architecture("unet", 2, 2, "single"),
+]
+
+
+def peer_bytes(architecture: Architecture) -> bytes:
+    torch.manual_seed(3)
+    return weights_bytes(architecture.build(), {"note": "random, for tests"})
+
+
+@pytest.mark.parametrize("architecture", PEERS, ids=str)
+def test_a_trained_peer_loads_as_it_was_saved(tmp_path: Path, architecture: Architecture) -> None:
+    torch.manual_seed(0)
+    before = architecture.build()
+    for _ in range(3):  # training sets the running statistics of batch normalisation
+        before.estimate(5 + 2 * torch.randn(4, 3, 8, 8))
+    before.eval()
+    save_weights(before, tmp_path / "a.safetensors", {"steps": 3})
+    after = load_weights(tmp_path / "a.safetensors")
+    assert after.architecture == architecture
+    assert not after.training
+    stack = torch.randn(4, 9, 7)
+    assert torch.equal(after.denoise(stack), before.denoise(stack))
+    assert weights_bytes(after, {"steps": 3}) == weights_bytes(before, {"steps": 3})
+
+
+def test_running_statistics_are_in_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(peer_bytes(Architecture("unet", 1, 2, "mean")))
+    names = load_file(tmp_path / "a.safetensors").keys()
+    assert sum("running_mean" in name for name in names) == sum("running_var" in name for name in names) == 6
+
+
+@pytest.mark.parametrize("architecture", [*PEERS, Architecture("nrrn", 2, 3, "neighbours")], ids=str)
+def test_a_header_tells_the_architecture(architecture: Architecture) -> None:
+    header = parse_header(peer_bytes(architecture), "a")
+    assert architecture_of(header) == architecture
+    assert ("kind" in header) == (architecture.kind != "nrrn")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kind": "nrrn"},
+        {"kind": None},
+        {"kind": "resnet"},
+        {"kind": ["unet"]},
+        {"kind": {}},
+        {"kind": "x" * 10**5},
+        {"kind": "denoisenet", "inputs": "single", "units": 4},
+        {"inputs": None},
+        {"inputs": "channels"},
+        {"inputs": ["mean"]},
+        {"inputs": 7},
+        {"units": 2},
+        {"units": 9},
+        {"units": 10**9},
+        {"units": 8, "channels": 4096},
+        {"channels": 10**9},
+        {"channels": True},
+    ],
+    ids=lambda changes: str(changes)[:60],
+)
+def test_a_peers_header_that_does_not_fit_its_tensors_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(peer_bytes(Architecture("unet", 1, 4, "mean")))
+    with_header(path, **changes)
+    with pytest.raises(InputError, match=r"a\.safetensors (is damaged|does not fit)"):
+        load_weights(path)
+
+
+@pytest.mark.parametrize("name", ["down.0.1.running_var", "last.bias"])
+def test_a_peers_missing_tensor_is_refused_by_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(peer_bytes(Architecture("unet", 1, 4, "mean")))
+    with_tensors(path, lambda tensors: tensors.pop(name))
+    with pytest.raises(InputError, match=f"does not fit a U-Net with units 1, channels 4: .*{name}"):
+        load_weights(path)
 
 
 def test_a_loaded_network_is_ready_to_infer(tmp_path: Path) -> None:

@@ -1,0 +1,182 @@
+"""Each method runs through the same pipeline, and all are measured alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nrrn_pipeline.api import RunWatch, Summary, denoise
+from nrrn_pipeline.comparing.methods import INPUT, Candidate
+from nrrn_pipeline.denoisers import Weights
+from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.evaluation.metrics import PatchLikeness, patch_likeness, psnr, refuse_unlike, ssim
+from nrrn_pipeline.evaluation.signal import Line, has_edge, interquartile_range, region, rise_distance
+from nrrn_pipeline.evaluation.without_reference import (
+    autocorrelation,
+    measure_without_reference,
+    noise_sigma,
+    seam_energy,
+)
+from nrrn_pipeline.geometry import Box
+from nrrn_pipeline.options import Options
+from nrrn_pipeline.planning import DenoisePlan, refuse_outside
+from nrrn_pipeline.preparing import Location
+from nrrn_pipeline.volume import Volume, open_volume, read_box
+
+MOST_VOXELS = 2**28  # that are measured at a time, in memory with some copies in float64
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What methods are held against: a clean volume; a box where the signal should be flat; a line across an edge.
+
+    All in the source's voxels, and none of them needed.
+    """
+
+    reference: Location | None = None
+    flat: Box | None = None
+    edge: Line | None = None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What was found of one method. `measures`: a number each, None where there is none; `voxels`: its output.
+
+    flat, profile: the values of the yardstick's box and line; empty without.
+    """
+
+    name: str
+    measures: dict[str, float | None]
+    voxels: NDArray[Any] = field(repr=False)
+    patches: tuple[PatchLikeness, ...] = ()
+    residual: NDArray[np.float64] | None = None
+    flat: NDArray[Any] = field(default_factory=lambda: np.empty(0))
+    profile: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All methods, the input first; `reference` is None if there is none."""
+
+    source: Volume
+    box: Box
+    compared: tuple[Compared, ...]
+    reference: NDArray[Any] | None = field(default=None, repr=False)
+
+
+def compare(
+    source: Location,
+    folder: str,
+    methods: Sequence[Candidate],
+    options: Options | None = None,
+    yardstick: Yardstick = Yardstick(),
+    watch: RunWatch | None = None,
+) -> Comparison:
+    """Denoise a volume by each method into folder/NAME.ome.zarr, as nrrn denoise does, and measure all of them.
+
+    Called again it denoises only what is left. `options.roi` and `level` say which part. Raises what denoise raises,
+    and InputError for what cannot be compared.
+    """
+    options, watch = options or Options(), watch or RunWatch()
+    opened = open_volume(source, options.level)
+    box = options.roi or opened.box
+    refuse_outside(box, opened.box)
+    if box.size > MOST_VOXELS:
+        raise InputError(f"{box.size} voxels are too many to compare: give a --roi of {MOST_VOXELS} at most")
+    noisy = _finite(opened, box)
+    clean = None if yardstick.reference is None else _reference(yardstick.reference, opened, box, noisy)
+    if yardstick.flat is not None:
+        refuse_outside(yardstick.flat, box, "flat")
+    measures: dict[str, float | None] = {"noise_sigma": float(noise_sigma(noisy).mean())}
+    compared = [_against(Compared(INPUT, measures, noisy), clean, yardstick, box)]
+    for candidate in methods:
+        asked = replace(options, method=replace(options.method, name=candidate.method))
+        summary = denoise(source, f"{folder}/{candidate.name}.ome.zarr", candidate.weights, asked, watch)
+        target = summary.plan.target
+        found = Compared(candidate.name, _cost(summary), read_box(target, target.box))
+        compared.append(_against(_alone(found, noisy, summary.plan), clean, yardstick, box))
+    return Comparison(opened, box, tuple(compared), clean)
+
+
+def _finite(volume: Volume, box: Box) -> NDArray[Any]:
+    voxels = read_box(volume, box)
+    if not np.isfinite(voxels).all():
+        raise InputError(f"{volume.url} holds NaN or infinite voxels: replace them (with 0, say) before comparing")
+    if voxels.min() == voxels.max():
+        raise InputError(f"{volume.url} is constant in {box}: there is nothing to be denoised; give another --roi")
+    return voxels
+
+
+def _reference(location: Location, source: Volume, box: Box, noisy: NDArray[Any]) -> NDArray[Any]:
+    opened = open_volume(location)
+    if opened.shape != source.shape:
+        raise InputError(f"the reference {location} has shape {opened.shape}, but the source {source.shape}")
+    clean = read_box(opened, box)
+    refuse_unlike(clean, noisy, ("reference", "source"))
+    return clean
+
+
+def data_range(reference: NDArray[Any]) -> float:
+    """Grey levels from black to white: all 255 of uint8, of other dtypes those that the reference takes."""
+    return 255.0 if reference.dtype == np.uint8 else float(reference.max()) - float(reference.min())
+
+
+def _against(found: Compared, clean: NDArray[Any] | None, yardstick: Yardstick, box: Box) -> Compared:
+    """The same with what the yardstick says of it."""
+    measures: dict[str, float | None] = {}
+    if clean is not None:
+        measures["psnr_db"] = psnr(clean, found.voxels, data_range(clean))
+        measures["ssim"] = ssim(clean, found.voxels, data_range(clean))
+        found = replace(found, patches=patch_likeness(clean, found.voxels, data_range(clean)))
+    if yardstick.flat is not None:
+        flat = region(found.voxels, yardstick.flat.shifted(box))
+        measures["flat_iqr"] = interquartile_range(flat)
+        found = replace(found, flat=flat.ravel())
+    if yardstick.edge is not None:
+        profile = yardstick.edge.within(box).profile(found.voxels)
+        measures["edge_rise"] = rise_distance(profile) if has_edge(profile) else None
+        found = replace(found, profile=profile)
+    return replace(found, measures=measures | found.measures)
+
+
+def _alone(found: Compared, noisy: NDArray[Any], plan: DenoisePlan) -> Compared:
+    """The same with what its output, and what it removed, say by themselves."""
+    measures: dict[str, float | None] = {}
+    if len(noisy) > 1:
+        alone = measure_without_reference(noisy, found.voxels)
+        measures = {
+            "noise_sigma": alone.noise_sigma_after,
+            "residual_whiteness": alone.whiteness,
+            "residual_neighbour_correlation": alone.neighbour_correlation,
+            "residual_low_frequency_share": alone.low_frequency_share,
+            "largest_brightness_step": alone.largest_brightness_step_after,
+        }
+    measures["seam_energy"] = _seams(found.voxels, plan)
+    residual = autocorrelation(noisy.astype(np.float64) - found.voxels)
+    return replace(found, measures=measures | found.measures, residual=residual)
+
+
+def _seams(voxels: NDArray[Any], plan: DenoisePlan) -> float | None:
+    """Of tiles and slabs; None if there is one tile only."""
+    first = [slab for slab in plan.slabs if slab.keep.z.start == plan.box.z.start]
+    cuts = [cuts for slab in first for cuts in plan.tiles(slab)]
+    borders_y = {y.keep.start - plan.box.y.start for y, _ in cuts} - {0}
+    borders_x = {x.keep.start - plan.box.x.start for _, x in cuts} - {0}
+    return seam_energy(voxels, borders_y, borders_x) if borders_y or borders_x else None
+
+
+def _cost(summary: Summary) -> dict[str, float | None]:
+    denoiser, images = summary.plan.denoiser, summary.plan.method.images
+    measures: dict[str, float | None] = {}
+    if isinstance(denoiser, Weights):
+        measures = {
+            "parameters": denoiser.architecture.parameters,
+            "gflop_per_tile": denoiser.architecture.flop_per_voxel(images) * 256**2 / 1e9,
+        }
+    if summary.voxels and not summary.resumed:  # workers' start included; nothing is known of a run that was resumed
+        measures["million_voxels_per_s"] = summary.voxels / summary.seconds / 1e6
+    return measures

@@ -1,0 +1,137 @@
+"""What came of a comparison, for people and for programs: a table, a page, results.json and results.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nrrn_pipeline.comparing.measuring import Compared, Comparison
+from nrrn_pipeline.geometry import Shape
+from nrrn_pipeline.report import figures
+from nrrn_pipeline.report.page import Column, Evaluation, Figure, Row, write_page
+
+COLUMNS = {
+    "psnr_db": Column("PSNR", "dB", "higher"),
+    "ssim": Column("SSIM", "", "higher", 3),
+    "flat_iqr": Column("flat IQR", "levels", "lower", 1),
+    "edge_rise": Column("edge", "voxels", "lower"),
+    "noise_sigma": Column("noise", "levels", "lower"),
+    "residual_whiteness": Column("whiteness", "", "lower", 3),
+    "residual_neighbour_correlation": Column("neighbours", "", None, 3),
+    "residual_low_frequency_share": Column("structure", "", None, 3),
+    "largest_brightness_step": Column("step", "levels", "lower"),
+    "seam_energy": Column("seams", "", None, 3),
+    "million_voxels_per_s": Column("speed", "Mvoxel/s", "higher", 3),
+    "parameters": Column("parameters", "", None, 0),
+    "gflop_per_tile": Column("arithmetic", "GFLOP", None, 1),
+}
+NOTES = (
+    "Noise: its standard deviation in grey levels, measured in the finest details alone. A filter that blurs does well "
+    "on it: read it together with the next three.",
+    "What a method removes should look like the noise. Whiteness: the strongest autocorrelation of what was removed, 0 "
+    "for white noise. Neighbours: its correlation between successive slices, 0 if they are independent. Structure: the "
+    "share of its power below 0.2 cycles per pixel, 0.126 for white noise; more means that structure was removed.",
+    "Flat IQR: the interquartile range where the signal should be flat. Edge: over how many voxels an edge rises from "
+    "10 to 90 %; none where noise drowns it.",
+    "Step: the largest change of a slice's mean brightness to the next, in grey levels.",
+    "Seams: changes across the borders of tiles and slabs, against all others; 1 means that no seam shows.",
+    "Arithmetic: floating-point operations for a tile of 256 x 256 pixels, in units of 10^9. Speed includes the start "
+    "of the workers.",
+)
+
+
+SHOWN = 1024  # pixels along y and x that a page shows of a slice
+
+
+def results_of(comparison: Comparison) -> dict[str, Any]:
+    """All measures as JSON, the input first: {"results": [{"method": "input", "psnr_db": ...}, ...]}."""
+    results = [{"method": found.name, **found.measures} for found in comparison.compared]
+    return {"source": comparison.source.url, "roi": str(comparison.box), "results": results}
+
+
+def write_results(comparison: Comparison, folder: str, facts: Mapping[str, str]) -> list[str]:
+    """results.json, results.csv and index.html in a folder on disk; their paths."""
+    os.makedirs(folder, exist_ok=True)
+    results = results_of(comparison) | {"facts": dict(facts)}
+    paths = [os.path.join(folder, name) for name in ("results.json", "results.csv", "index.html")]
+    with open(paths[0], "w", encoding="utf-8") as file:
+        json.dump(results, file, indent=1, allow_nan=False)
+        file.write("\n")
+    with open(paths[1], "w", encoding="utf-8", newline="") as file:
+        file.write(csv_of(comparison))
+    write_page(paths[2], evaluation_of(comparison, facts))
+    return paths
+
+
+def csv_of(comparison: Comparison) -> str:
+    """A line for each method, the input first, after one of names."""
+    text = io.StringIO()
+    shown = shown_columns(comparison.compared)
+    lines = csv.writer(text)
+    lines.writerow(["method", *shown])
+    for found in comparison.compared:
+        lines.writerow([found.name, *(found.measures.get(name, "") for name in shown)])
+    return text.getvalue()
+
+
+def shown_columns(compared: Sequence[Compared]) -> dict[str, Column]:
+    """Those that any method has a number in."""
+    there = {name for found in compared for name, value in found.measures.items() if value is not None}
+    return {name: column for name, column in COLUMNS.items() if name in there}
+
+
+def evaluation_of(comparison: Comparison, facts: Mapping[str, str]) -> Evaluation:
+    """What the page shows."""
+    shown = shown_columns(comparison.compared)
+    rows = [
+        Row(found.name, {column.name: found.measures.get(name) for name, column in shown.items()})
+        for found in comparison.compared
+    ]
+    part = _middle(comparison.box.shape)
+    return Evaluation(
+        title=f"Denoising of {comparison.source.group_url}",
+        facts=facts,
+        columns=[*shown.values()],
+        rows=rows,
+        images={found.name: found.voxels[part] for found in comparison.compared},
+        reference=None if comparison.reference is None else comparison.reference[part],
+        figures=_figures(comparison, rows),
+        notes=NOTES,
+    )
+
+
+def _middle(shape: Shape) -> tuple[int, slice, slice]:
+    """The middle slice, and of that as much as a page can hold."""
+    y, x = (slice(max(0, (length - SHOWN) // 2), (length + SHOWN) // 2) for length in shape[1:])
+    return shape[0] // 2, y, x
+
+
+def _figures(comparison: Comparison, rows: Sequence[Row]) -> list[Figure]:
+    found, made = comparison.compared, []
+    if comparison.reference is not None:
+        made = [
+            Figure(figures.bars(rows, COLUMNS[name]), f"{COLUMNS[name].name} against the reference.")
+            for name in ("psnr_db", "ssim")
+        ]
+        if len(found[0].patches) > 1:
+            decibels = {each.name: [patch.psnr_db for patch in each.patches] for each in found}
+            likeness = {each.name: [patch.ssim for patch in each.patches] for each in found}
+            made += [
+                Figure(figures.patch_histogram(decibels), "PSNR of each patch of 256 x 256 pixels."),
+                Figure(figures.patch_histogram(likeness, "SSIM", ""), "SSIM of each patch of 256 x 256 pixels."),
+            ]
+    flat = {each.name: each.flat for each in found if each.flat.size}
+    if flat:
+        made.append(Figure(figures.box_plots(flat, "signal", "grey levels"), "The signal where it should be flat."))
+    profiles = {each.name: each.profile for each in found if each.profile.size}
+    if profiles:
+        made.append(Figure(figures.profile(profiles, unit="voxels"), "The signal along the line across an edge."))
+    residuals = {each.name: each.residual for each in found if each.residual is not None}
+    if residuals:
+        caption = "Autocorrelation of what each method removed. White noise has a point in the middle, and no more."
+        made.append(Figure(figures.residual_autocorrelation(residuals), caption))
+    return made

@@ -1,0 +1,71 @@
+"""From what users ask for to a plan: the volume is opened, and weights or a filter are found for it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from nrrn_pipeline.denoisers import Weights, filter_for
+from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.filters import FILTERS, Filter
+from nrrn_pipeline.geometry import Shape
+from nrrn_pipeline.ledger import Ledger
+from nrrn_pipeline.network import architecture_of, bytes_hash, choose_device, parse_header
+from nrrn_pipeline.options import Options
+from nrrn_pipeline.places import absolute
+from nrrn_pipeline.planning import DenoisePlan, Method, plan_denoise
+from nrrn_pipeline.slab import read_weights
+from nrrn_pipeline.volume import Volume, open_volume
+
+Location = str | os.PathLike[str]
+
+
+def describe_weights(path: Location) -> Weights:
+    """What a plan needs to know of a weights file."""
+    url = absolute(path)
+    try:
+        data = read_weights(url)
+    except OSError as error:
+        raise InputError(f"the weights {url} cannot be read: {error.strerror or error}") from error
+    found = architecture_of(parse_header(data, url))
+    return Weights(url, bytes_hash(data), found.units, found.channels, found.kind, found.inputs)
+
+
+def make_plan(source: Location, output: Location, weights: Location | Weights | None, options: Options) -> DenoisePlan:
+    """The plan of what denoise would do with the same arguments. Raises InputError where it would."""
+    if options.here:
+        choose_device(options.device)
+    volume = open_volume(source, options.level)
+    return plan_for(volume, output, weights, options)
+
+
+def plan_for(volume: Volume, output: Location, weights: Location | Weights | None, options: Options) -> DenoisePlan:
+    """The plan of what denoise would do with a volume. Raises InputError where it would."""
+    layout, url = options.layout, absolute(output)
+    begun = Ledger(f"{url}/0")
+    if begun.followed() and (settings := begun.settings()):  # as it was cut when it was not whole yet
+        slab, chunk, shard = (shape_of(settings[name]) for name in ("slab", "chunk", "shard"))
+        layout = replace(layout, slab=layout.slab or slab, chunk=layout.chunk or chunk, shard=layout.shard or shard)
+    denoiser = _denoiser_for(volume, weights, options.method)
+    return plan_denoise(volume, url, denoiser, layout, options.roi, options.method)
+
+
+def _denoiser_for(volume: Volume, weights: Location | Weights | None, method: Method) -> Weights | Filter:
+    """The weights, or a filter set for the volume. Raises InputError if they and the method do not go together."""
+    if method.filter:
+        if weights is not None:
+            raise InputError(f"the filter {method.name} needs no weights: leave them out")
+        return filter_for(method.name or "", volume)
+    if weights is None:
+        raise InputError(f"there are no weights: give a file with --weights, or a --method of {', '.join(FILTERS)}")
+    found = weights if isinstance(weights, Weights) else describe_weights(weights)
+    if method.name not in (None, found.kind):
+        raise InputError(f"{found.path} holds a {found.kind}, not a {method.name}: give other weights, or no method")
+    found.architecture.refuse_images(method.images)
+    return found
+
+
+def shape_of(sizes: list[int]) -> Shape:
+    """Three sizes as they stand in JSON."""
+    z, y, x = (int(size) for size in sizes)
+    return z, y, x

@@ -1,0 +1,217 @@
+"""Figures of an evaluation as PNG: 900 pixels wide, the same bytes for the same data.
+
+Names of methods stand beside their data wherever there is room, so that no figure depends on colour alone. "input" is
+always grey, "reference" black; the others have the same colours in all figures that are given them in the same order.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.report.page import INPUT, REFERENCE, Column, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH_IN, DPI = 6.0, 150  # of every figure: 900 pixels
+# Okabe & Ito 2008, which the colour-blind tell apart; without its yellow, too pale for lines, and its black
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+DASHES = ("-", "--", ":", "-.")  # once all colours are used
+GREY, BLACK = "#767676", "#000000"
+BINS = 40
+LONGEST_NAME = 28  # characters
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+def patch_histogram(values: Mapping[str, ArrayLike], quantity: str = "PSNR", unit: str = "dB") -> bytes:
+    """One histogram a method, under each other on one axis, of a measure of each patch; a line marks the median.
+
+    Patches without a finite value, such as the PSNR of equal patches, are left out and counted.
+    """
+    finite = {name: _finite(found) for name, found in _some(values).items()}
+    pooled = np.concatenate(list(finite.values()))
+    edges = np.histogram_bin_edges(pooled, BINS) if pooled.size else np.linspace(0, 1, BINS + 1)
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(len(finite), sharex=True, squeeze=False)[:, 0]
+        for axes, (name, found), (colour, _) in zip(panels, finite.items(), _looks(finite), strict=True):
+            axes.hist(found, bins=list(edges), color=colour, alpha=0.75)
+            axes.spines["left"].set_visible(False)
+            axes.set_yticks([])
+            left_out = np.size(values[name]) - found.size
+            count = f"n = {found.size}" + (f"\n{left_out} not finite" if left_out else "")
+            axes.text(1.01, 0.5, count, transform=axes.transAxes, va="center", color=GREY)
+            axes.set_ylabel(_label(name), rotation=0, ha="right", va="center")
+            if found.size:
+                axes.axvline(float(np.median(found)), color=BLACK, linewidth=1.2)
+        panels[-1].set_xlabel(f"{_axis(quantity, unit)} of a patch; line: median")
+
+    return _png(draw, 0.7 + 0.55 * len(finite))
+
+
+def box_plots(values: Mapping[str, ArrayLike], quantity: str = "flat-signal IQR", unit: str = "grey levels") -> bytes:
+    """A box a method: quartiles and median, whiskers to the last value within 1.5 interquartile ranges, points beyond.
+
+    Values that are not finite are left out.
+    """
+    finite = {name: _finite(found) for name, found in _some(values).items()}
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        boxes = axes.boxplot(
+            list(finite.values()),
+            orientation="horizontal",
+            widths=0.6,
+            patch_artist=True,
+            medianprops={"color": BLACK, "linewidth": 1.4},
+            flierprops={"marker": ".", "markersize": 3, "markeredgecolor": GREY},
+        )
+        for box, (colour, _) in zip(boxes["boxes"], _looks(finite), strict=True):
+            box.set(facecolor=colour, alpha=0.75)
+        _name_rows(axes, finite)
+        axes.set_xlabel(_axis(quantity, unit))
+        axes.grid(axis="x", color="#E0E0E0", linewidth=0.6)
+        axes.set_axisbelow(True)
+
+    return _png(draw, 0.8 + 0.38 * len(finite))
+
+
+def residual_autocorrelation(correlations: Mapping[str, NDArray[Any]]) -> bytes:
+    """A map a method of the (n, n) autocorrelation of what it removed, lag 0 at index n // 2, all on one colour scale.
+
+    The scale leaves out lag 0, where each is 1: white noise leaves all other lags white. Structure that shows is signal
+    that was removed, or noise that is correlated.
+    """
+    maps = {name: np.asarray(found, float) for name, found in _some(correlations).items()}
+    others = np.concatenate([np.delete(found, _centre(found)) for found in maps.values()])
+    strongest = float(np.abs(others[np.isfinite(others)]).max(initial=0.0)) or 1.0
+    columns = min(4, len(maps))
+    rows = -(-len(maps) // columns)
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        for axes, (name, found) in zip(panels.flat, maps.items(), strict=False):
+            low, high = -(found.shape[0] // 2) - 0.5, (found.shape[0] + 1) // 2 - 0.5
+            picture = axes.imshow(
+                found, cmap="PuOr", vmin=-strongest, vmax=strongest, extent=(low, high, high, low), aspect="equal"
+            )
+            axes.set_title(_label(name))
+        for axes in panels.flat[len(maps) :]:
+            axes.set_axis_off()
+        figure.colorbar(picture, ax=panels, label="autocorrelation (no unit)", extend="max", shrink=0.9, aspect=25)
+        figure.supxlabel("lag in x (pixels)", fontsize=9)
+        figure.supylabel("lag in y (pixels)", fontsize=9)
+
+    return _png(draw, 0.7 + rows * (0.25 + 4.2 / max(columns, 2)))
+
+
+def profile(profiles: Mapping[str, ArrayLike], step: float = 1.0, unit: str = "pixels") -> bytes:
+    """Grey levels along one line, across an edge say; `step` is the distance of its samples in `unit`."""
+    lines = {name: np.asarray(found, float) for name, found in _some(profiles).items()}
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for (name, line), (colour, dashes) in zip(lines.items(), _looks(lines), strict=True):
+            wide = 1.0 if name == INPUT else 1.6
+            axes.plot(step * np.arange(line.size), line, color=colour, linestyle=dashes, linewidth=wide)
+        axes.set_xlabel(f"position ({unit})")
+        axes.set_ylabel("grey level")
+        figure.legend(axes.get_lines(), [_label(name) for name in lines], loc="outside right upper", frameon=False)
+
+    return _png(draw, 3.0)
+
+
+def bars(rows: Sequence[Row], column: Column) -> bytes:
+    """One measure of the table: a bar a row from zero, with its value; a dashed line at the input's."""
+    found = {row.method: row.values.get(column.name) for row in rows}
+    lengths = [0.0 if value is None or not np.isfinite(value) else value for value in _some(found).values()]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        colours = [colour for colour, _ in _looks(found)]
+        drawn = axes.barh(np.arange(1, len(found) + 1), lengths, height=0.65, color=colours)
+        axes.bar_label(drawn, [column.text(value) for value in found.values()], padding=4)
+        if INPUT in found and lengths[list(found).index(INPUT)]:
+            axes.axvline(lengths[list(found).index(INPUT)], color=BLACK, linewidth=1, linestyle="--")
+        _name_rows(axes, found)
+        axes.margins(x=0.12)
+        direction = f"; {column.better} is better" if column.better else ""
+        axes.set_xlabel(_axis(column.name, column.unit) + direction)
+
+    return _png(draw, 0.8 + 0.32 * len(found))
+
+
+def _png(draw: Callable[[Figure], None], height_in: float) -> bytes:
+    """What `draw` puts on a blank sheet. Raises InputError without matplotlib."""
+    try:
+        from matplotlib import style
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("drawing figures needs matplotlib: pip install nrrn-pipeline[evaluation]") from error
+    sheet = io.BytesIO()
+    with style.context(["default", STYLE]):  # whatever the user's own style is
+        figure = Figure(figsize=(WIDTH_IN, height_in), dpi=DPI)
+        draw(figure)
+        figure.savefig(sheet, format="png", metadata={"Software": None})
+    return sheet.getvalue()
+
+
+def _some(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not values:
+        raise ValueError("a figure needs one method or more")
+    return values
+
+
+def _finite(values: ArrayLike) -> NDArray[np.float64]:
+    flat: NDArray[np.float64] = np.asarray(values, float).ravel()
+    return np.extract(np.isfinite(flat), flat)
+
+
+def _centre(found: NDArray[Any]) -> int:
+    """The flat index of lag 0. Raises ValueError if the map is not square."""
+    if found.ndim != 2 or found.shape[0] != found.shape[1]:
+        raise ValueError(f"an autocorrelation has shape {found.shape}: it must be (n, n)")
+    size = len(found)
+    return size // 2 * (size + 1)
+
+
+def _looks(names: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Each one's colour and dashes, by its place among the methods."""
+    fixed = {INPUT: (GREY, "-"), REFERENCE: (BLACK, "--")}
+    free = cycle((colour, dashes) for dashes in DASHES for colour in COLOURS)
+    return [fixed[name] if name in fixed else next(free) for name in names]
+
+
+def _name_rows(axes: Axes, names: Mapping[str, Any]) -> None:
+    """The first on top."""
+    axes.set_yticks(np.arange(1, len(names) + 1), [_label(name) for name in names])
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+
+
+def _axis(quantity: str, unit: str) -> str:
+    return _plain(f"{quantity} ({unit})" if unit else quantity)
+
+
+def _label(name: str) -> str:
+    """A name that fits beside its data."""
+    return _plain(name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}")
+
+
+def _plain(text: str) -> str:
+    """As it is: matplotlib would take what stands between two dollars for a formula."""
+    return text.replace("$", r"\$")
