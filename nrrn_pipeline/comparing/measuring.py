@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nrrn_pipeline.api import RunWatch, Summary, denoise
+from nrrn_pipeline.api import RunWatch, Summary, run_planned
 from nrrn_pipeline.comparing.methods import INPUT, Candidate
 from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import InputError
@@ -24,7 +24,8 @@ from nrrn_pipeline.evaluation.without_reference import (
 from nrrn_pipeline.geometry import Box
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.planning import DenoisePlan, refuse_outside
-from nrrn_pipeline.preparing import Location
+from nrrn_pipeline.preparing import Location, make_plan
+from nrrn_pipeline.run import check_output
 from nrrn_pipeline.volume import Volume, open_volume, read_box
 
 MOST_VOXELS = 2**28  # that are measured at a time, in memory with some copies in float64
@@ -93,13 +94,20 @@ def compare(
         refuse_outside(yardstick.flat, box, "flat")
     measures: dict[str, float | None] = {"noise_sigma": float(noise_sigma(noisy).mean())}
     compared = [_against(Compared(INPUT, measures, noisy), clean, yardstick, box)]
-    for candidate in methods:
-        asked = replace(options, method=replace(options.method, name=candidate.method))
-        summary = denoise(source, f"{folder}/{candidate.name}.ome.zarr", candidate.weights, asked, watch)
-        target = summary.plan.target
-        found = Compared(candidate.name, _cost(summary), read_box(target, target.box))
-        compared.append(_against(_alone(found, noisy, summary.plan), clean, yardstick, box))
+    plans = [_planned(source, folder, candidate, options) for candidate in methods]  # before any of them runs
+    for candidate, plan in zip(methods, plans, strict=True):
+        summary = run_planned(plan, options, watch)
+        found = Compared(candidate.name, _cost(summary), read_box(plan.target, plan.target.box))
+        compared.append(_against(_alone(found, noisy, plan), clean, yardstick, box))
     return Comparison(opened, box, tuple(compared), clean)
+
+
+def _planned(source: Location, folder: str, candidate: Candidate, options: Options) -> DenoisePlan:
+    """What denoise would do for it. Raises InputError where that would."""
+    asked = replace(options, method=replace(options.method, name=candidate.method))
+    plan = make_plan(source, f"{folder}/{candidate.name}.ome.zarr", candidate.weights, asked)
+    check_output(plan, options.overwrite)
+    return plan
 
 
 def _finite(volume: Volume, box: Box) -> NDArray[Any]:

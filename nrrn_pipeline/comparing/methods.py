@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,6 +48,8 @@ def candidates(methods: str, weights: Sequence[str]) -> list[Candidate]:
         elif not given and name not in FILTERS:
             known = ", ".join((*KINDS, *FILTERS))
             raise InputError(f"method {name!r} is unknown: use {known}, or NAME=FILE with weights")
+        if not re.fullmatch(r"\w[\w.+-]*", name) or (given and not path):
+            raise InputError(f"method {text!r} cannot be: write NAME=FILE, with a name of letters, digits, . _ -")
         found.append(Candidate(name, path or None))
     names = [each.name for each in found]
     if twice := {name for name in names if names.count(name) > 1}:

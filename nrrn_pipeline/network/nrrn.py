@@ -110,6 +110,17 @@ class NRRN(DenoisingNetwork):
             states.pop(z, None)
         return result
 
+    @torch.inference_mode()
+    def after_each_unit(self, stack: Tensor) -> Tensor:
+        """(z+2, y, x) normalised stack -> (L+1, z, y, x): estimates after every unit, then the final one (Fig. 5)."""
+        triplets = stack.unfold(0, 3, 1).movedim(-1, 1)  # (z, 3, y, x)
+        estimates = []
+        for triplet in triplets:
+            before, centre, after = triplet[:, None, None]
+            both = self(torch.cat([before, after]), torch.cat([centre, centre]), estimates=True)
+            estimates.append(both.mean(dim=0))
+        return torch.stack(estimates, dim=1)
+
     def _neighbour_states(self, neighbour: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """For every unit h_n (n, C, y, x) and V * h_n (n, 3C, y, x): all that a branch needs of its neighbour."""
         h_n = torch.relu(self.first(neighbour))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.network.architecture import DenoisingNetwork
+from nrrn_pipeline.network.nrrn import NRRN
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -51,6 +52,16 @@ class TorchNetwork:
         """(z+2, y, x) normalised stack -> (z, y, x) estimate."""
         estimate = self.network.denoise(torch.from_numpy(stack).to(self.device), self.images)
         return estimate.cpu().numpy()
+
+
+def after_each_unit(network: DenoisingNetwork, stack: Stack) -> Stack:
+    """(z+2, y, x) normalised stack -> (L+1, z, y, x): an NRRN's estimates after every unit, then the final one.
+
+    Raises InputError for a network of another kind.
+    """
+    if not isinstance(network, NRRN):
+        raise InputError(f"{network.architecture} has no building units: give an NRRN")
+    return network.after_each_unit(torch.from_numpy(stack)).numpy()
 
 
 def refuse_unknown_device(name: str) -> None:

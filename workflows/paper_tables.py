@@ -1,0 +1,312 @@
+"""The tables and figures of the paper on data that we have: python workflows/paper_tables.py DATA OUT [--scale small]
+
+DATA holds flyem_fib25_training_sample1_250.npz (FlyEM FIB-25, CC BY) and, for Table 2, a crop of the EPFL's CA1 volume,
+epfl_ca1_dev_z000-079_y0800-1503_x0160-0863.npz, each (z, y, x) uint8 under "volume". OUT gets weights, denoised
+volumes, a page for each comparison, tables.md and results.json; run it again, and only what is missing is made.
+
+`small` is for a CPU: small networks, few steps, few slices, so that methods can be told apart but not judged. `full`
+has the paper's networks, for a GPU. The paper's figures stand beside ours, and are of other volumes: compare the order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from nrrn_pipeline import (
+    Box,
+    Layout,
+    Method,
+    Noise,
+    NrrnError,
+    Options,
+    TrainSettings,
+    Yardstick,
+    add_noise,
+    candidates,
+    compare,
+    open_volume,
+    train,
+    write_results,
+)
+from nrrn_pipeline.evaluation.metrics import psnr, ssim
+from nrrn_pipeline.evaluation.signal import interquartile_range
+from nrrn_pipeline.geometry import Span, boxes_of
+from nrrn_pipeline.network import Architecture, after_each_unit, load_weights
+from nrrn_pipeline.volume import read_box
+
+FIB25, EPFL = "flyem_fib25_training_sample1_250.npz", "epfl_ca1_dev_z000-079_y0800-1503_x0160-0863.npz"
+FILTERS = "mean,gaussian-avg,median-avg,nlm,nlm-avg,bm3d,bm3d-avg,bm4d"
+PAPERS, WHOLE = Method(), Layout()  # three images, cropped; default tiles
+SEEDS = {"train": 25, "test": 2026}
+OHSU = {  # the paper's Table 1: PSNR in dB, SSIM
+    "input": (22.97, 0.858),
+    "nrrn": (31.11, 0.971),
+    "denoisenet-n2c": (32.20, 0.978),
+    "denoisenet-single-n2c": (28.34, 0.956),
+    "unet-n2c": (31.47, 0.976),
+    "unet-single-n2c": (29.18, 0.957),
+    "nlm-avg": (31.36, 0.973),
+    "nlm": (24.07, 0.620),
+    "bm3d": (28.25, 0.875),
+    "median-avg": (28.02, 0.950),
+    "gaussian-avg": (27.06, 0.920),
+}
+PAPER_EPFL = {  # the paper's Table 2: PSNR in dB
+    "poisson 1": {"nrrn": 17.90, "denoisenet-n2c": 9.47, "unet-n2c": 9.42},
+    "poisson 30": {"nrrn": 27.51, "denoisenet-n2c": 19.70, "unet-n2c": 20.98},
+    "gaussian 75": {"nrrn": 25.18, "denoisenet-n2c": 14.36, "unet-n2c": 15.06},
+    "gaussian 10": {"nrrn": 28.48, "denoisenet-n2c": 25.29, "unet-n2c": 27.20},
+}
+NOISES = {
+    "poisson 1": Noise(peak=1),
+    "poisson 30": Noise(peak=30),
+    "gaussian 75": Noise(sigma=75),
+    "gaussian 10": Noise(sigma=10),
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is done. Networks are (units, channels); test: the shape of what is measured; filters: which."""
+
+    nrrn: tuple[int, int]
+    denoisenet: tuple[int, int]
+    unet: tuple[int, int]
+    units: tuple[int, ...]
+    settings: TrainSettings
+    test: tuple[int, int, int]
+    filters: str = FILTERS
+
+
+FAST = TrainSettings(steps=500, batch=8, crop=48, learning_rate=2e-3, halve_every=125, seed=1)
+SCALES = {
+    "test": Scale(
+        (1, 4), (3, 4), (1, 4), (1, 2), replace(FAST, steps=2, batch=2, crop=32), (3, 48, 48), "mean,nlm-avg"
+    ),
+    "small": Scale((2, 16), (6, 16), (2, 16), (1, 2, 3), FAST, (8, 250, 250)),
+    "full": Scale((4, 64), (20, 64), (4, 64), (1, 2, 3, 4, 5), TrainSettings(steps=20000), (32, 250, 250)),
+}
+
+
+class Bench:
+    """One run of it all, in one folder."""
+
+    def __init__(self, data: Path, out: Path, scale: Scale) -> None:
+        self.data, self.out, self.scale = data, out, scale
+        self.options = Options(cluster="local" if scale.test[0] > 3 else "serial")
+        self.lines: list[str] = []
+        self.results: dict[str, Any] = {}
+
+    def volumes(self, source: str, name: str, noise: Noise) -> dict[str, Path]:
+        """Paths of clean and noisy slices, to train on and, none of them the same, to measure."""
+        paths = {}
+        depth, height, width = self.scale.test
+        for part, seed in SEEDS.items():
+            clean = self.out / f"{name}-{part}.zarr"
+            if not clean.exists():
+                volume = np.load(self.data / source)["volume"]
+                slices = volume[-depth:, :height, :width] if part == "test" else volume[: len(volume) - depth - 10]
+                zarr.create_array(clean, data=slices, chunks=(8, 128, 128))
+            noisy = self.out / f"{name}-{part}-{noise.sigma:g}-{noise.peak or 0:g}.zarr"
+            add_noise(clean, noisy, replace(noise, seed=seed), self.options)
+            paths |= {f"clean {part}": clean, part: noisy}
+        return paths
+
+    def trained(self, name: str, volumes: dict[str, Path], **how: Any) -> str:
+        """NAME=FILE with weights, trained unless they are there."""
+        kind = how.get("network", "nrrn")
+        units, channels = getattr(self.scale, kind)
+        settings = replace(self.scale.settings, **{"units": units, "channels": channels, **how})
+        weights = self.out / "weights" / f"{volumes['train'].stem}-{name}-{settings.units}.safetensors"
+        weights.parent.mkdir(exist_ok=True)
+        if not weights.exists():
+            started = time.monotonic()
+            clean = volumes["clean train"] if settings.loss == "clean" else None
+            train(volumes["train"], weights, settings, clean=clean)
+            print(f"trained {weights.stem} in {time.monotonic() - started:.0f} s", flush=True)
+        return f"{name}={weights}"
+
+    def compared(
+        self,
+        name: str,
+        volumes: dict[str, Path],
+        methods: list[str],
+        method: Method = PAPERS,
+        layout: Layout = WHOLE,
+    ) -> dict[str, Any]:
+        """Measures by method."""
+        options = replace(self.options, method=method, layout=layout)
+        folder = self.out / name
+        yardstick = Yardstick(volumes["clean test"], flattest(volumes["clean test"]))
+        comparison = compare(volumes["test"], str(folder), candidates(",".join(methods), []), options, yardstick)
+        write_results(
+            comparison, str(folder), {"source": volumes["test"].name, "reference": volumes["clean test"].name}
+        )
+        self.results[name] = {found.name: found.measures for found in comparison.compared}
+        return self.results[name]
+
+    def table(self, title: str, header: str, rows: list[list[str]]) -> None:
+        """Into tables.md."""
+        names = header.split(",")
+        self.lines += [f"## {title}", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        self.lines += [*(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def flattest(path: Path, side: int = 24) -> Box:
+    """The square of the middle slice whose clean signal varies least."""
+    volume = open_volume(path)
+    z = volume.shape[0] // 2
+    middle = Box(Span(z, z + 1), volume.box.y, volume.box.x)
+    whole = (box for box in boxes_of(middle, (1, side, side)) if box.size == side**2)
+    return min(whole, key=lambda box: float(read_box(volume, box).std()))
+
+
+def table_1(bench: Bench, volumes: dict[str, Path]) -> None:
+    """Every method on one noise."""
+    clean, blind = {"loss": "clean"}, {"loss": "blind-spot"}
+    methods = [
+        *bench.scale.filters.split(","),
+        bench.trained("nrrn", volumes),
+        bench.trained("nrrn-n2v", volumes, **blind),
+        bench.trained("nrrn-n2c", volumes, **clean),
+        bench.trained("denoisenet-single-n2c", volumes, network="denoisenet", inputs="single", **clean),
+        bench.trained("denoisenet-n2c", volumes, network="denoisenet", inputs="channels", **clean),
+        bench.trained("unet-single-n2c", volumes, network="unet", inputs="single", **clean),
+        bench.trained("unet-n2c", volumes, network="unet", inputs="mean", **clean),
+        bench.trained("unet-n2v", volumes, network="unet", inputs="mean", **blind),
+    ]
+    found = bench.compared("table-1", volumes, methods)
+    rows = []
+    for name, row in found.items():
+        paper = OHSU.get(name)
+        ours = [f"{row['psnr_db']:.2f}", f"{row['ssim']:.3f}", f"{row['flat_iqr']:.1f}"]
+        alone = [
+            f"{row[key]:.3f}" if key in row else "" for key in ("residual_whiteness", "residual_low_frequency_share")
+        ]
+        rows.append([name, *ours, *alone, *((f"{paper[0]:.2f}", f"{paper[1]:.3f}") if paper else ("", ""))])
+    header = "method,PSNR dB,SSIM,flat IQR,whiteness,structure,paper (OHSU): PSNR,SSIM"
+    bench.table("Table 1: FIB-25, Gaussian noise of sigma 30", header, rows)
+
+
+def table_2(bench: Bench) -> None:
+    """Trained methods without pre-training, by kind and strength of noise."""
+    if not (bench.data / EPFL).exists():
+        bench.lines += ["## Table 2", "", f"Left out: {EPFL} is not there.", ""]
+        return
+    rows = []
+    for title, noise in NOISES.items():
+        volumes = bench.volumes(EPFL, "epfl", noise)
+        methods = [
+            bench.trained("nrrn", volumes, units=1),
+            bench.trained("denoisenet-n2c", volumes, network="denoisenet", loss="clean"),
+            bench.trained("unet-n2c", volumes, network="unet", loss="clean"),
+            "gaussian-avg",
+        ]
+        for name, row in bench.compared(f"table-2-{title.replace(' ', '-')}", volumes, methods).items():
+            paper = PAPER_EPFL[title].get(name)
+            rows.append([title, name, f"{row['psnr_db']:.2f}", f"{row['ssim']:.3f}", f"{paper:.2f}" if paper else ""])
+    bench.table("Table 2 and Fig. 4: EPFL, by noise; NRRN of 1 unit", "noise,method,PSNR dB,SSIM,paper: PSNR", rows)
+
+
+def figure_5(bench: Bench, volumes: dict[str, Path]) -> None:
+    """After each unit; and by their number."""
+    methods = [bench.trained(f"nrrn-{units}", volumes, units=units) for units in bench.scale.units]
+    found = bench.compared("figure-5", volumes, methods)
+    rows = [[name, f"{row['psnr_db']:.2f}", f"{row['ssim']:.3f}"] for name, row in found.items()]
+    bench.table("Fig. 5C: NRRN by its number of units", "method,PSNR dB,SSIM", rows)
+    network = load_weights(methods[-1].partition("=")[2])
+    clean, noisy = (open_volume(volumes[part]) for part in ("clean test", "test"))
+    flat = flattest(volumes["clean test"])
+    triplet = Box(Span(flat.z.start - 1, flat.z.stop + 1), noisy.box.y, noisy.box.x)
+    stack, truth = read_box(noisy, triplet).astype(np.float32), read_box(clean, triplet)[1:2]
+    mean, std = stack.mean((1, 2), keepdims=True), stack.std((1, 2), keepdims=True)
+    every = np.clip(after_each_unit(network, (stack - mean) / std) * std[1] + mean[1], 0, 255)
+    rows = []
+    for unit, estimate in enumerate(every, start=1):
+        name = f"unit {unit}" if unit < len(every) else "final"
+        iqr = interquartile_range(estimate[:, flat.y.start : flat.y.stop, flat.x.start : flat.x.stop])
+        rows.append([name, f"{psnr(truth, estimate, 255):.2f}", f"{ssim(truth, estimate, 255):.3f}", f"{iqr:.1f}"])
+    bench.table(f"Fig. 5A: after each unit of {len(network.units)}, one slice", "after,PSNR dB,SSIM,flat IQR", rows)
+
+
+def figure_s1(bench: Bench, volumes: dict[str, Path]) -> None:
+    """By the number of images that an estimate is made from."""
+    weights = [bench.trained("nrrn", volumes)]
+    rows = []
+    for images in (3, 2, 1):
+        row = bench.compared(f"figure-s1-{images}", volumes, weights, Method(images))["nrrn"]
+        rows.append(
+            [
+                str(images),
+                f"{row['psnr_db']:.2f}",
+                f"{row['ssim']:.3f}",
+                {3: "31.11, 0.971", 2: "30.42, 0.967"}.get(images, ""),
+            ]
+        )
+    bench.table("Fig. S1: by the number of images", "images,PSNR dB,SSIM,paper (OHSU)", rows)
+
+
+def stitching(bench: Bench, volumes: dict[str, Path]) -> None:
+    """Crop-and-discard beside overlaps that are blended, in small tiles, where seams show most."""
+    weights, rows = [bench.trained("nrrn", volumes)], []
+    for stitch in ("crop", "blend"):
+        row = bench.compared(f"stitch-{stitch}", volumes, weights, Method(stitch=stitch), Layout(tile=40))["nrrn"]
+        rows.append([stitch, *(f"{row[key]:.3f}" for key in ("psnr_db", "seam_energy"))])
+    bench.table("Stitching of tiles of 40 x 40 pixels", "stitch,PSNR dB,seam energy (1: none)", rows)
+
+
+def figure_s2(bench: Bench) -> None:
+    """Parameters and arithmetic of the paper's networks; the same at every scale."""
+    networks = [*(Architecture("nrrn", units, 64, "neighbours") for units in range(1, 6))]
+    networks += [Architecture("denoisenet", 20, 64, "channels"), Architecture("unet", 4, 64, "mean")]
+    rows = [
+        [f"{each.kind}, {each.units}", f"{each.parameters:,}", f"{each.flop_per_voxel() * 256**2 / 1e9:.1f}"]
+        for each in networks
+    ]
+    bench.table("Fig. S2: parameters, and GFLOP a tile of 256 x 256", "network,parameters,GFLOP", rows)
+
+
+def main() -> None:
+    """All of them."""
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("data", type=Path)
+    words.add_argument("out", type=Path)
+    words.add_argument("--scale", choices=SCALES, default="small")
+    given = words.parse_args()
+    started = time.monotonic()
+    given.out.mkdir(parents=True, exist_ok=True)
+    bench = Bench(given.data, given.out, SCALES[given.scale])
+    volumes = bench.volumes(FIB25, "fib25", Noise(sigma=30))
+    table_1(bench, volumes)
+    table_2(bench)
+    figure_5(bench, volumes)
+    figure_s1(bench, volumes)
+    stitching(bench, volumes)
+    figure_s2(bench)
+    took = f"{(time.monotonic() - started) / 60:.0f} min" if len(bench.results) else ""
+    head = [
+        "# The paper's tables on our data",
+        "",
+        f"`python workflows/paper_tables.py DATA OUT --scale {given.scale}`; {took}.",
+        "",
+    ]
+    head += [f"Trained with {bench.scale.settings}; networks: {bench.scale}.", ""]
+    (given.out / "tables.md").write_text("\n".join([*head, *bench.lines]))
+    (given.out / "results.json").write_text(json.dumps(bench.results, indent=1))
+    print("\n".join(bench.lines))
+
+
+if __name__ == "__main__":  # as all that starts processes
+    try:
+        main()
+    except NrrnError as error:
+        sys.exit(f"{error}")
