@@ -123,7 +123,9 @@ def plan(
     InputError where denoise would.
     """
     options = options or Options()
-    made = make_plan(source, output, weights if weights or options.method.filter else PAPER, options)
+    made = make_plan(
+        source, output, PAPER if weights is None and options.method.name in (None, "nrrn") else weights, options
+    )
     if made.denoiser == PAPER and not options.overwrite and Ledger(made.target.url).begun():
         raise InputError(f"{made.group_url} is begun: give its --weights, to plan what is left of it")
     check_output(made, options.overwrite)
@@ -235,7 +237,7 @@ def repair(
         slab, chunk, shard = (shape_of(settings[name]) for name in ("slab", "chunk", "shard"))
         layout = Layout(slab, chunk, shard, settings["tile"], settings["halo"])
         name = settings["filter"]["name"] if "filter" in settings else None
-        method = Method(settings["images"], settings["statistics"], name, settings["stitch"])
+        method = Method(settings["images"], settings["statistics"], name, settings.get("stitch", "crop"))
         source, level = _source_of(settings["source"], provenance["source group"])
         roi, used = Box.parse(settings["roi"]), weights or provenance["weights"]
     except (LookupError, ValueError, TypeError, AttributeError) as error:

@@ -158,7 +158,8 @@ def _working_bytes(plan: DenoisePlan, pixels: int) -> int:
         case Noise():
             return 0
     if plan.method.stitch == "blend":
-        found += 12 * max(slab.keep.size for slab in plan.slabs)  # the sum in float32, and its scaling
+        # the sum, its mean, in grey levels, rounded: of float voxels in float64
+        found += (24 if plan.source.dtype == "float32" else 20) * max(slab.keep.size for slab in plan.slabs)
     return found
 
 

@@ -57,20 +57,22 @@ Denoiser = Weights | Filter | Noise
 CROPS, CROP = 8, (3, 256, 256)  # how many a filter's strength is set from, and their voxels along z, y, x
 
 
-def filter_for(name: str, volume: Volume) -> Filter:
+def filter_for(name: str, volume: Volume, statistics: str) -> Filter:
     """The filter with its strength set from the noise of a volume, measured on crops spread over it.
 
-    Of the whole volume, whatever part is denoised: a trial on a part is to be that part of the whole. Raises InputError
-    if the filter is unknown or lacks its package, or there is no noise to be measured.
+    Of the whole volume, whatever part is denoised: a trial on a part is to be that part of the whole. In units of what
+    slices will be divided by, their own standard deviation or the volume's (`statistics`: slice or volume). Raises
+    InputError if the filter is unknown or lacks its package, or there is no noise to be measured.
     """
     found = [*_crops(volume)]
     if not all(np.isfinite(crop).all() for crop in found):
         raise InputError(f"{volume.url} holds NaN or infinite voxels: replace them (with 0, say) before denoising")
-    crops = [crop for crop in found if crop.std() > 0]
+    crops = [crop for crop in found if crop.std((1, 2)).min() > 0]
     if not crops:
         raise InputError(f"{volume.url} is blank where its noise is measured: no filter's strength can be set from it")
-    std = float(np.std(np.concatenate([crop.ravel() for crop in crops])))
-    stacks = [((crop - crop.mean((1, 2), keepdims=True)) / std).astype(np.float32) for crop in crops]
+    level = [crop - crop.mean((1, 2), keepdims=True) for crop in crops]  # slices may differ in brightness
+    std = float(np.std(np.concatenate([crop.ravel() for crop in (crops if statistics == "volume" else level)])))
+    stacks = [(crop / std).astype(np.float32) for crop in level]
     return tuned(name, stacks, noise_sigma(np.concatenate(stacks)))
 
 

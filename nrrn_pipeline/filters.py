@@ -287,7 +287,9 @@ def noise_sigma(slices: NDArray[Any]) -> float:
             raise _missing("PyWavelets", "evaluation") from None
     measured = [sigma for sigma, std in found if isfinite(sigma) and sigma > ROUNDING * std]
     if not measured:
-        raise InputError(f"none of {len(found)} slices shows noise: a volume without noise needs no denoising")
+        raise InputError(
+            f"no noise can be measured on {len(found)} slices: they have none, as synthetic ones, or hardly any detail"
+        )
     return float(np.median(measured))
 
 

@@ -11,7 +11,6 @@ noise of a voxel depends on its value, its place and the seed alone.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -24,6 +23,7 @@ from nrrn_pipeline.geometry import Box, Span, cells_of
 
 CELL = 128  # voxels along y and x: what is computed at a time stays in the cache
 POISSON, GAUSSIAN = 0, 1  # streams
+MOST_SIGMA, LEAST_PEAK, MOST_PEAK = 65535.0, 1e-3, 1e5  # beyond these there is nothing of an image, or of noise
 MOST_SEARCHED = 700.0  # the largest rate, whose exp(-rate) a float still holds
 
 Floats = NDArray[np.float64]
@@ -44,10 +44,12 @@ class Noise:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sigma < math.inf:
-            raise InputError(f"sigma {self.sigma} is not possible: use 0 or more grey levels, such as 25")
-        if self.peak is not None and not 0 < self.peak < math.inf:
-            raise InputError(f"peak {self.peak} is not possible: use a count above 0, such as 30, or none")
+        if not 0 <= self.sigma <= MOST_SIGMA:
+            raise InputError(f"sigma {self.sigma} is not possible: use 0 to {MOST_SIGMA:g} grey levels, such as 25")
+        if self.peak is not None and not LEAST_PEAK <= self.peak <= MOST_PEAK:
+            raise InputError(
+                f"peak {self.peak} is not possible: use {LEAST_PEAK:g} to {MOST_PEAK:g} counts, such as 30, or none"
+            )
         if self.sigma == 0 and self.peak is None:
             raise InputError("no noise was asked for: give a sigma above 0, a peak, or both")
         if self.seed < 0:

@@ -17,12 +17,13 @@ class Options:
     """How to denoise.
 
     level: pyramid level of an OME-Zarr source. roi: the part to denoise, in the level's voxels, as
-    Box.parse("0:8,0:512,0:512"). layout: slab, chunk, shard, tile and halo. method: images and statistics. device:
-    "auto", "cpu" or "cuda". cluster: "local", "serial", a Dask scheduler's address, or settings of a cluster, also as
-    the name of a TOML file with them; keys: the folder with the certificates for an address. workers: processes of a
-    local cluster; None: as many as cores and memory carry. prefetch: each of them reads the next slab, and writes the
-    last, while one computes. overwrite: delete an output that exists. share: this process is one of several that share
-    the work without a Dask cluster, each called alike but for the number of its share.
+    Box.parse("0:8,0:512,0:512"). layout: slab, chunk, shard, tile and halo. method: images, statistics, a filter, how
+    tiles are stitched. device: "auto", "cpu" or "cuda". cluster: "local", "serial", a Dask scheduler's address, or
+    settings of a cluster, also as the name of a TOML file with them; keys: the folder with the certificates for an
+    address. workers: processes of a local cluster; None: as many as cores and memory carry. prefetch: each of them
+    reads the next slab, and writes the last, while one computes. overwrite: delete an output that exists. share: this
+    process is one of several that share the work without a Dask cluster, each called alike but for the number of its
+    share.
     """
 
     level: int = 0

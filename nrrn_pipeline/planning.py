@@ -151,7 +151,7 @@ class DenoisePlan:
             "halo": self.halo,
             "images": self.method.images,
             "statistics": self.method.statistics,
-            "stitch": self.method.stitch,
+            **({} if self.method.stitch == "crop" else {"stitch": self.method.stitch}),
         }
 
     @property
@@ -205,7 +205,7 @@ def plan_denoise(
     reach = denoiser.reach
     halo = reach if layout.halo is None else layout.halo
     if halo < reach:
-        raise InputError(f"halo {halo} is less than the network's reach {reach}: seams would show; use {reach} or more")
+        raise InputError(f"halo {halo} is less than the method's reach {reach}: seams would show; use {reach} or more")
     if layout.tile < (least := 2 * halo + denoiser.grid):
         raise InputError(f"tile {layout.tile} keeps nothing beside a halo of {halo} on each side: use {least} or more")
     return DenoisePlan(source, target, box, denoiser, slab, layout.tile, halo, method, layout.growing)

@@ -55,7 +55,7 @@ def _denoiser_for(volume: Volume, weights: Location | Weights | None, method: Me
     if method.filter:
         if weights is not None:
             raise InputError(f"the filter {method.name} needs no weights: leave them out")
-        return filter_for(method.name or "", volume)
+        return filter_for(method.name or "", volume, method.statistics)
     if weights is None:
         raise InputError(f"there are no weights: give a file with --weights, or a --method of {', '.join(FILTERS)}")
     found = weights if isinstance(weights, Weights) else describe_weights(weights)

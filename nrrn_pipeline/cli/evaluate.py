@@ -19,7 +19,7 @@ from nrrn_pipeline.filters import FILTERS
 from nrrn_pipeline.network import KINDS
 
 
-@takes_options(WORDS - {"overwrite", "shard_of", "method"})
+@takes_options(WORDS - {"shard_of", "method"})
 def evaluate(
     source: Source,
     options: api.Options,
@@ -44,8 +44,8 @@ def evaluate(
 
     Example: nrrn evaluate raw.zarr --methods nrrn,gaussian-avg,nlm-avg --weights lab.safetensors --out compared
     """
-    if "://" in folder:
-        raise InputError(f"--out {folder} is no folder on disk: give one for tables and pages")
+    if "://" in folder or not folder:
+        raise InputError(f"--out {folder!r} is no folder on disk: give one for tables and pages")
     found = candidates(methods, weights or [])
     yardstick = Yardstick(reference, parse_box("flat", flat), _parse_line(edge))
     with progress_bar(GO_ON) as bar:

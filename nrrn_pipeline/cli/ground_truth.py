@@ -17,6 +17,7 @@ from nrrn_pipeline.evaluation.ground_truth import reference_image
 from nrrn_pipeline.retrying import reason_of
 from nrrn_pipeline.volume import open_volume, read_box
 
+MOST_VOXELS = 2**30  # of scans, which are held together
 TIFF, PNG = (".tif", ".tiff"), (".png",)
 
 
@@ -58,6 +59,8 @@ def _read(path: str) -> Iterator[NDArray[Any]]:
     name = path.lower()
     if not name.endswith(TIFF + PNG):
         volume = open_volume(path)
+        if volume.box.size > MOST_VOXELS:
+            raise InputError(f"{path} has {volume.box.size} voxels: give scans of one surface, {MOST_VOXELS} at most")
         yield from read_box(volume, volume.box)
         return
     for image in _decoded(path, _pages_of_tiff if name.endswith(TIFF) else _image_of_png):

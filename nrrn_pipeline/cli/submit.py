@@ -47,7 +47,7 @@ def submitting() -> None:
 
 @submit_app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-    options_metavar="SRC DST --weights W --array N --time H:M:S [any option of nrrn denoise]",
+    options_metavar="SRC DST (--weights W | --method NAME) --array N --time H:M:S [any option of nrrn denoise]",
 )
 def slurm(
     context: typer.Context,

@@ -40,13 +40,17 @@ class Facts:
 
 @dataclass(frozen=True)
 class Demand:
-    """What each worker must find: the driver's versions, its storage, and a device. `token`: a file and its content."""
+    """What each worker must find: the driver's versions, its storage, and a device.
+
+    settings: the denoiser's, as the driver finds them. token: a file and its content.
+    """
 
     versions: dict[str, str]
     options: str
     device: str
     source: Volume
     denoiser: Denoiser
+    settings: dict[str, Any]
     token: tuple[str, bytes]
 
 
@@ -59,7 +63,10 @@ def refuse_unfit_workers(client: Client, plans: Sequence[DenoisePlan], device: s
     for plan in plans[:MOST_SHOWN]:
         content = uuid.uuid4().bytes
         with storage.probe(plan.group_url, content) as token:
-            demand = Demand(versions(), options_text(), device, plan.source, plan.denoiser, (token, content))
+            probe = token, content
+            demand = Demand(
+                versions(), options_text(), device, plan.source, plan.denoiser, plan.denoiser.settings, probe
+            )
             found = client.run(trouble_here, demand, on_error="return")
         troubled = {worker: _said(answer) for worker, answer in found.items() if answer}
         if not troubled:
@@ -113,6 +120,8 @@ def _refuse_unseen(demand: Demand) -> None:
             read_weights_of(demand.denoiser)
         except InputError as error:
             raise InputError(f"the weights are not there: {error}{_hint(demand.denoiser.path)}") from error
+    if (found := demand.denoiser.settings) != demand.settings:  # also raises if a filter's package is missing
+        raise InputError(f"the method is another one there: {found}, not {demand.settings}; install the same packages")
     folder = url.rpartition("/")[0]
     for pause in LOOKS_S:
         if storage.read_file(url) == content:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nrrn_pipeline.api import RunWatch, Summary, run_planned
-from nrrn_pipeline.comparing.methods import INPUT, Candidate
+from nrrn_pipeline.comparing.methods import Candidate
 from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.evaluation.metrics import PatchLikeness, patch_likeness, psnr, refuse_unlike, ssim
@@ -21,14 +21,17 @@ from nrrn_pipeline.evaluation.without_reference import (
     noise_sigma,
     seam_energy,
 )
-from nrrn_pipeline.geometry import Box
+from nrrn_pipeline.geometry import Box, Shape
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.planning import DenoisePlan, refuse_outside
 from nrrn_pipeline.preparing import Location, make_plan
+from nrrn_pipeline.report.page import INPUT
 from nrrn_pipeline.run import check_output
 from nrrn_pipeline.volume import Volume, open_volume, read_box
 
 MOST_VOXELS = 2**28  # that are measured at a time, in memory with some copies in float64
+LEAST_SIDE = 11  # pixels: SSIM's window
+SHOWN = 1024  # pixels along y and x that are kept of the middle slice, to be shown
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,14 @@ class Yardstick:
 
 @dataclass(frozen=True)
 class Compared:
-    """What was found of one method. `measures`: a number each, None where there is none; `voxels`: its output.
+    """What was found of one method. `measures`: a number each, None where there is none; `picture`: its middle slice.
 
     flat, profile: the values of the yardstick's box and line; empty without.
     """
 
     name: str
     measures: dict[str, float | None]
-    voxels: NDArray[Any] = field(repr=False)
+    picture: NDArray[Any] = field(repr=False)
     patches: tuple[PatchLikeness, ...] = ()
     residual: NDArray[np.float64] | None = None
     flat: NDArray[Any] = field(default_factory=lambda: np.empty(0))
@@ -61,7 +64,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All methods, the input first; `reference` is None if there is none."""
+    """All methods, the input first; `reference`: its middle slice, None if there is none."""
 
     source: Volume
     box: Box
@@ -88,23 +91,34 @@ def compare(
     refuse_outside(box, opened.box)
     if box.size > MOST_VOXELS:
         raise InputError(f"{box.size} voxels are too many to compare: give a --roi of {MOST_VOXELS} at most")
+    if min(box.shape[1:]) < LEAST_SIDE:
+        raise InputError(f"slices of {box} are too small to be measured: {LEAST_SIDE} x {LEAST_SIDE} pixels at least")
     noisy = _finite(opened, box)
-    clean = None if yardstick.reference is None else _reference(yardstick.reference, opened, box, noisy)
+    clean = None if yardstick.reference is None else _reference(yardstick.reference, options.level, opened, box, noisy)
     if yardstick.flat is not None:
         refuse_outside(yardstick.flat, box, "flat")
+    middle = _middle(box.shape)
     measures: dict[str, float | None] = {"noise_sigma": float(noise_sigma(noisy).mean())}
-    compared = [_against(Compared(INPUT, measures, noisy), clean, yardstick, box)]
+    compared = [_against(Compared(INPUT, measures, noisy[middle]), noisy, clean, yardstick, box)]
     plans = [_planned(source, folder, candidate, options) for candidate in methods]  # before any of them runs
     for candidate, plan in zip(methods, plans, strict=True):
         summary = run_planned(plan, options, watch)
-        found = Compared(candidate.name, _cost(summary), read_box(plan.target, plan.target.box))
-        compared.append(_against(_alone(found, noisy, plan), clean, yardstick, box))
-    return Comparison(opened, box, tuple(compared), clean)
+        denoised = read_box(plan.target, plan.target.box)
+        found = _alone(Compared(candidate.name, _cost(summary), denoised[middle]), noisy, denoised, plan)
+        compared.append(_against(found, denoised, clean, yardstick, box))
+    return Comparison(opened, box, tuple(compared), None if clean is None else clean[middle])
+
+
+def _middle(shape: Shape) -> tuple[int, slice, slice]:
+    """The middle slice, and of that as much as is shown."""
+    y, x = (slice(max(0, (length - SHOWN) // 2), (length + SHOWN) // 2) for length in shape[1:])
+    return shape[0] // 2, y, x
 
 
 def _planned(source: Location, folder: str, candidate: Candidate, options: Options) -> DenoisePlan:
     """What denoise would do for it. Raises InputError where that would."""
-    asked = replace(options, method=replace(options.method, name=candidate.method))
+    images = options.method.images if candidate.weights else 3  # a filter takes what its name says
+    asked = replace(options, method=replace(options.method, name=candidate.method, images=images))
     plan = make_plan(source, f"{folder}/{candidate.name}.ome.zarr", candidate.weights, asked)
     check_output(plan, options.overwrite)
     return plan
@@ -119,8 +133,8 @@ def _finite(volume: Volume, box: Box) -> NDArray[Any]:
     return voxels
 
 
-def _reference(location: Location, source: Volume, box: Box, noisy: NDArray[Any]) -> NDArray[Any]:
-    opened = open_volume(location)
+def _reference(location: Location, level: int, source: Volume, box: Box, noisy: NDArray[Any]) -> NDArray[Any]:
+    opened = open_volume(location, level)
     if opened.shape != source.shape:
         raise InputError(f"the reference {location} has shape {opened.shape}, but the source {source.shape}")
     clean = read_box(opened, box)
@@ -133,29 +147,31 @@ def data_range(reference: NDArray[Any]) -> float:
     return 255.0 if reference.dtype == np.uint8 else float(reference.max()) - float(reference.min())
 
 
-def _against(found: Compared, clean: NDArray[Any] | None, yardstick: Yardstick, box: Box) -> Compared:
+def _against(
+    found: Compared, voxels: NDArray[Any], clean: NDArray[Any] | None, yardstick: Yardstick, box: Box
+) -> Compared:
     """The same with what the yardstick says of it."""
     measures: dict[str, float | None] = {}
     if clean is not None:
-        measures["psnr_db"] = psnr(clean, found.voxels, data_range(clean))
-        measures["ssim"] = ssim(clean, found.voxels, data_range(clean))
-        found = replace(found, patches=patch_likeness(clean, found.voxels, data_range(clean)))
+        measures["psnr_db"] = psnr(clean, voxels, data_range(clean))
+        measures["ssim"] = ssim(clean, voxels, data_range(clean))
+        found = replace(found, patches=patch_likeness(clean, voxels, data_range(clean)))
     if yardstick.flat is not None:
-        flat = region(found.voxels, yardstick.flat.shifted(box))
+        flat = region(voxels, yardstick.flat.shifted(box))
         measures["flat_iqr"] = interquartile_range(flat)
         found = replace(found, flat=flat.ravel())
     if yardstick.edge is not None:
-        profile = yardstick.edge.within(box).profile(found.voxels)
+        profile = yardstick.edge.within(box).profile(voxels)
         measures["edge_rise"] = rise_distance(profile) if has_edge(profile) else None
         found = replace(found, profile=profile)
     return replace(found, measures=measures | found.measures)
 
 
-def _alone(found: Compared, noisy: NDArray[Any], plan: DenoisePlan) -> Compared:
+def _alone(found: Compared, noisy: NDArray[Any], denoised: NDArray[Any], plan: DenoisePlan) -> Compared:
     """The same with what its output, and what it removed, say by themselves."""
     measures: dict[str, float | None] = {}
-    if len(noisy) > 1:
-        alone = measure_without_reference(noisy, found.voxels)
+    if len(noisy) > 1 and denoised.min() < denoised.max():
+        alone = measure_without_reference(noisy, denoised)
         measures = {
             "noise_sigma": alone.noise_sigma_after,
             "residual_whiteness": alone.whiteness,
@@ -163,8 +179,8 @@ def _alone(found: Compared, noisy: NDArray[Any], plan: DenoisePlan) -> Compared:
             "residual_low_frequency_share": alone.low_frequency_share,
             "largest_brightness_step": alone.largest_brightness_step_after,
         }
-    measures["seam_energy"] = _seams(found.voxels, plan)
-    residual = autocorrelation(noisy.astype(np.float64) - found.voxels)
+    measures["seam_energy"] = _seams(denoised, plan)
+    residual = autocorrelation(noisy.astype(np.float64) - denoised)
     return replace(found, measures=measures | found.measures, residual=residual)
 
 

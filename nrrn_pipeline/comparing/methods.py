@@ -10,8 +10,7 @@ from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.filters import FILTERS
 from nrrn_pipeline.network import KINDS
 from nrrn_pipeline.preparing import describe_weights
-
-INPUT = "input"  # what the table calls the noisy volume itself
+from nrrn_pipeline.report.page import INPUT, REFERENCE
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ def candidates(methods: str, weights: Sequence[str]) -> list[Candidate]:
     for path in weights:
         kinds.setdefault(describe_weights(path).kind, []).append(path)
     found = []
+    unused = {path for paths in kinds.values() for path in paths}
     for text in filter(None, (part.strip() for part in methods.split(","))):
         name, given, path = text.partition("=")
         if not given and name in KINDS:
@@ -45,15 +45,20 @@ def candidates(methods: str, weights: Sequence[str]) -> list[Candidate]:
                     f"method {name} needs its weights: give one file of them with --weights, or write {name}=FILE"
                 )
             path = kinds[name][0]
+            unused.discard(path)
         elif not given and name not in FILTERS:
             known = ", ".join((*KINDS, *FILTERS))
             raise InputError(f"method {name!r} is unknown: use {known}, or NAME=FILE with weights")
-        if not re.fullmatch(r"\w[\w.+-]*", name) or (given and not path):
+        if not re.fullmatch(r"\w[\w.+-]{0,63}", name) or (given and not path):
             raise InputError(f"method {text!r} cannot be: write NAME=FILE, with a name of letters, digits, . _ -")
         found.append(Candidate(name, path or None))
-    names = [each.name for each in found]
+    names = [each.name.casefold() for each in found]  # they become folders, and not all disks tell cases apart
     if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"method {min(twice)} is there twice: write NAME=FILE with another name for one of them")
-    if INPUT in names or not names:
+    if taken := {INPUT, REFERENCE} & {*names}:
+        raise InputError(f"method {min(taken)} cannot be: the name stands for something else; use another")
+    if not names:
         raise InputError(f"methods {methods!r} name none to compare: give some, such as gaussian-avg,nlm-avg")
+    if unused:
+        raise InputError(f"weights {min(unused)} are of no method: name their kind among --methods, or leave them out")
     return found

@@ -5,14 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nrrn_pipeline import storage
 from nrrn_pipeline.comparing.measuring import Compared, Comparison
-from nrrn_pipeline.geometry import Shape
+from nrrn_pipeline.places import absolute
 from nrrn_pipeline.report import figures
-from nrrn_pipeline.report.page import Column, Evaluation, Figure, Row, write_page
+from nrrn_pipeline.report.page import Column, Evaluation, Figure, Row, html_of
 
 COLUMNS = {
     "psnr_db": Column("PSNR", "dB", "higher"),
@@ -38,32 +39,38 @@ NOTES = (
     "Flat IQR: the interquartile range where the signal should be flat. Edge: over how many voxels an edge rises from "
     "10 to 90 %; none where noise drowns it.",
     "Step: the largest change of a slice's mean brightness to the next, in grey levels.",
-    "Seams: changes across the borders of tiles and slabs, against all others; 1 means that no seam shows.",
+    "Seams: changes across the borders of tiles and slabs, against all others: near 1, but for what the image itself "
+    "has there.",
     "Arithmetic: floating-point operations for a tile of 256 x 256 pixels, in units of 10^9. Speed includes the start "
     "of the workers.",
 )
 
 
-SHOWN = 1024  # pixels along y and x that a page shows of a slice
-
-
 def results_of(comparison: Comparison) -> dict[str, Any]:
     """All measures as JSON, the input first: {"results": [{"method": "input", "psnr_db": ...}, ...]}."""
-    results = [{"method": found.name, **found.measures} for found in comparison.compared]
+    results = [
+        {"method": found.name} | {name: _number(value) for name, value in found.measures.items()}
+        for found in comparison.compared
+    ]
     return {"source": comparison.source.url, "roi": str(comparison.box), "results": results}
+
+
+def _number(value: float | None) -> float | None:
+    """None for what JSON has no number for, such as the PSNR of equal images."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def write_results(comparison: Comparison, folder: str, facts: Mapping[str, str]) -> list[str]:
     """results.json, results.csv and index.html in a folder on disk; their paths."""
-    os.makedirs(folder, exist_ok=True)
-    results = results_of(comparison) | {"facts": dict(facts)}
-    paths = [os.path.join(folder, name) for name in ("results.json", "results.csv", "index.html")]
-    with open(paths[0], "w", encoding="utf-8") as file:
-        json.dump(results, file, indent=1, allow_nan=False)
-        file.write("\n")
-    with open(paths[1], "w", encoding="utf-8", newline="") as file:
-        file.write(csv_of(comparison))
-    write_page(paths[2], evaluation_of(comparison, facts))
+    results = json.dumps(results_of(comparison) | {"facts": dict(facts)}, indent=1, allow_nan=False)
+    texts = {
+        "results.json": f"{results}\n",
+        "results.csv": csv_of(comparison),
+        "index.html": html_of(evaluation_of(comparison, facts)),
+    }
+    paths = [f"{absolute(folder)}/{name}" for name in texts]
+    for path, text in zip(paths, texts.values(), strict=True):
+        storage.write_file(path, text.encode())
     return paths
 
 
@@ -91,23 +98,16 @@ def evaluation_of(comparison: Comparison, facts: Mapping[str, str]) -> Evaluatio
         Row(found.name, {column.name: found.measures.get(name) for name, column in shown.items()})
         for found in comparison.compared
     ]
-    part = _middle(comparison.box.shape)
     return Evaluation(
         title=f"Denoising of {comparison.source.group_url}",
         facts=facts,
         columns=[*shown.values()],
         rows=rows,
-        images={found.name: found.voxels[part] for found in comparison.compared},
-        reference=None if comparison.reference is None else comparison.reference[part],
+        images={found.name: found.picture for found in comparison.compared},
+        reference=comparison.reference,
         figures=_figures(comparison, rows),
         notes=NOTES,
     )
-
-
-def _middle(shape: Shape) -> tuple[int, slice, slice]:
-    """The middle slice, and of that as much as a page can hold."""
-    y, x = (slice(max(0, (length - SHOWN) // 2), (length + SHOWN) // 2) for length in shape[1:])
-    return shape[0] // 2, y, x
 
 
 def _figures(comparison: Comparison, rows: Sequence[Row]) -> list[Figure]:

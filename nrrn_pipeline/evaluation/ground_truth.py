@@ -140,6 +140,8 @@ def _subset(there: int, use: int | None, seed: int) -> tuple[int, ...]:
         return tuple(range(there))
     if not FEWEST <= use <= there:
         raise InputError(f"{use} scans cannot be used: expected {FEWEST} to {there}, as many as there are")
+    if seed < 0:
+        raise InputError(f"seed {seed} is not possible: use 0 or more")
     others = np.random.default_rng(seed).choice(np.arange(1, there), use - 1, replace=False)
     return (0, *sorted(int(number) for number in others))
 

@@ -6,6 +6,7 @@ The loss says what data training asks for: noisy volumes ("adjacent", the paper'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ class TrainSettings:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)} is not possible: use 1 or more")
         for name in ("halve_every", "seed"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < 2**63:
                 raise InputError(f"{name.replace('_', ' ')} {getattr(self, name)} is not possible: use 0 or more")
         if not 0 < self.learning_rate <= 1:
             raise InputError(f"learning rate {self.learning_rate} is not possible: use more than 0 and at most 1")
@@ -81,7 +82,12 @@ def fit(batches: Iterator[Tensor], settings: TrainSettings, on_step: OnStep) -> 
     optimiser = torch.optim.Adam(network.parameters(), lr=settings.learning_rate, betas=(0.9, 0.999), eps=1e-8)
     rate = torch.optim.lr_scheduler.StepLR(optimiser, settings.halve_every or settings.steps, gamma=0.5)
     for step in range(1, settings.steps + 1):
-        loss = LOSSES[settings.loss](network, next(batches).to(device), random)
+        batch = next(batches).to(device)
+        if len(batch) * math.prod(-(-length // network.architecture.grid) for length in batch.shape[2:]) < 2:
+            raise InputError(
+                f"one crop of {batch.shape[2:]} is too small for {network.architecture}: use more, or larger"
+            )
+        loss = LOSSES[settings.loss](network, batch, random)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         optimiser.step()

@@ -132,6 +132,35 @@ def test_flat_signal_and_edges_are_measured_where_they_are_said_to_be(nrrn: Nrrn
         assert message in nrrn(*words, *wrong).err
 
 
+def test_equal_images_have_no_psnr_in_json_and_an_infinite_one_in_the_table(nrrn: Nrrn, tmp_path: Path) -> None:
+    said = nrrn("evaluate", "noisy.zarr", "--reference", "noisy.zarr", "--methods", "mean", "--out", "out", *ALL)
+    assert said.status == 0, said.err
+    assert results()["input"]["psnr_db"] is None
+    assert said.out.splitlines()[1].split("\t")[1] == "\N{INFINITY}"
+
+
+def test_networks_of_two_images_are_compared_with_filters_of_their_own(nrrn: Nrrn) -> None:
+    words = ("evaluate", "noisy.zarr", "--methods", "mean,nrrn", "--weights", "w.safetensors", "--images", "2")
+    assert nrrn(*words, "--out", "out", *ALL).status == 0
+    assert [*results()] == ["input", "mean", "nrrn"]
+
+
+def test_brightness_that_drifts_changes_no_filter(nrrn: Nrrn, tmp_path: Path) -> None:
+    level = (voxels("noisy.zarr")).astype(np.float32)
+    drift = 1000 * np.arange(len(level), dtype=np.float32)[:, None, None]
+    for name, drifting in (("level", level), ("drifting", level + drift)):
+        bare_zarr(tmp_path / f"{name}.zarr", drifting)
+        words = ("denoise", f"{name}.zarr", f"{name}-out.zarr", "--method", "nlm-avg", *ALL)
+        assert nrrn(*words).status == 0
+    assert np.allclose(voxels("drifting-out.zarr") - drift, voxels("level-out.zarr"), rtol=0, atol=0.05)
+
+
+def test_a_plan_of_a_filter_or_the_paper_s_network_needs_no_weights(nrrn: Nrrn) -> None:
+    assert "nlm-avg" in nrrn("plan", "noisy.zarr", "out.zarr", "--method", "nlm-avg", *ALL).out
+    assert "4 units, 64 channels" in nrrn("plan", "noisy.zarr", "out.zarr", "--method", "nrrn", *ALL).out
+    assert "there are no weights" in nrrn("plan", "noisy.zarr", "out.zarr", "--method", "unet", *ALL).err
+
+
 def test_a_part_is_compared_with_that_part_of_the_reference(nrrn: Nrrn) -> None:
     words = ("evaluate", "noisy.zarr", "--reference", "clean.zarr", "--methods", "mean", "--roi", "1:4,8:40,0:50")
     assert nrrn(*words, "--out", "out", *ALL).status == 0
@@ -188,7 +217,7 @@ def test_a_volume_without_an_image_or_noise_is_no_case_for_a_filter(nrrn: Nrrn, 
     nan = image_like(SHAPE, "float32")
     nan[2] = np.nan
     bare_zarr(tmp_path / "nan.zarr", nan)
-    for source, message in (("flat", "is blank"), ("steps", "shows noise"), ("nan", "holds NaN")):
+    for source, message in (("flat", "is blank"), ("steps", "no noise can be measured"), ("nan", "holds NaN")):
         said = nrrn("denoise", f"{source}.zarr", "out.zarr", "--method", "mean", *ALL)
         assert (said.status, message in said.err) == (2, True), said.err
 
@@ -199,7 +228,12 @@ def test_a_volume_without_an_image_or_noise_is_no_case_for_a_filter(nrrn: Nrrn, 
         (("--methods", "magic"), "method 'magic' is unknown: use nrrn"),
         (("--methods", "mean,mean"), "method mean is there twice"),
         (("--methods", " , "), "name none to compare"),
-        (("--methods", "input=w.safetensors"), "name none to compare"),
+        (("--methods", "input=w.safetensors"), "method input cannot be: the name stands for something else"),
+        (("--methods", "reference=w.safetensors"), "method reference cannot be: the name stands for something else"),
+        (("--methods", "mean,Mean=w.safetensors"), "method mean is there twice"),
+        (("--methods", "mean", "--weights", "w.safetensors"), "weights w.safetensors are of no method"),
+        (("--methods", "mean", "--roi", "0:5,0:10,0:72"), "are too small to be measured: 11 x 11 pixels at least"),
+        (("--methods", "mean,nlm", "--tile", "8"), "tile 8 keeps nothing beside a halo of 8"),
         (("--methods", "../a=w.safetensors"), "method '../a=w.safetensors' cannot be: write NAME=FILE"),
         (("--methods", "=w.safetensors"), "method '=w.safetensors' cannot be"),
         (("--methods", "a="), "method 'a=' cannot be"),
@@ -243,6 +277,9 @@ def test_noise_is_made_by_the_pipeline_and_is_the_same_again(nrrn: Nrrn) -> None
     damaged = next(iter(Path("made.zarr/0").glob("c/*/*/*")))
     damaged.write_bytes(damaged.read_bytes()[:-9])
     assert "it is synthetic noise" in nrrn("repair", "made.zarr", *ALL).err
+    for wrong in (("--gaussian", "1e39"), ("--poisson", "1e300"), ("--poisson", "1e-310"), ("--gaussian", "nan")):
+        said = nrrn("noise", "clean.zarr", "other.zarr", *wrong, *ALL)
+        assert (said.status, "is not possible: use" in said.err) == (2, True), said.err
     assert "no noise was asked for" in nrrn("noise", "clean.zarr", "other.zarr", *ALL).err
 
 
@@ -258,6 +295,8 @@ def test_peers_are_trained_on_clean_slices_and_denoise(nrrn: Nrrn) -> None:
     said = nrrn("evaluate", "noisy.zarr", "--methods", "unet,denoisenet", *weights, "--out", "out", *ALL)
     assert said.status == 0, said.err
     assert verify("out/unet.ome.zarr", deep=True) == []
+    one = ("--batch", "1", "--crop", "16", "--units", "4", "--network", "unet")
+    assert "is too small for a U-Net" in nrrn(*learn, *one, "--out", "x.safetensors").err
     assert "loss clean" in nrrn("train", "noisy.zarr", "--loss", "clean", *small, "--out", "x.safetensors").err
     assert (
         "loss adjacent is not possible for unet"

@@ -166,10 +166,10 @@ def test_noise_is_the_same_in_years_to_come() -> None:
 @pytest.mark.parametrize(
     ("given_", "said"),
     [
-        ({"sigma": -1.0}, "sigma -1.0 is not possible: use 0 or more"),
+        ({"sigma": -1.0}, "sigma -1.0 is not possible: use 0 to 65535"),
         ({"sigma": math.nan}, "sigma nan is not possible"),
         ({"sigma": math.inf}, "sigma inf is not possible"),
-        ({"peak": 0.0}, "peak 0.0 is not possible: use a count above 0"),
+        ({"peak": 0.0}, "peak 0.0 is not possible: use 0.001 to 100000 counts"),
         ({"peak": -3.0, "sigma": 1.0}, "peak -3.0 is not possible"),
         ({"peak": math.nan}, "peak nan is not possible"),
         ({"peak": math.inf}, "peak inf is not possible"),

@@ -72,6 +72,11 @@ def test_a_setting_that_changes_voxels_changes_the_fingerprint(what: str) -> Non
     assert CHANGED[what].fingerprint != PLAN.fingerprint
 
 
+def test_outputs_from_before_tiles_could_be_blended_keep_their_fingerprint() -> None:
+    assert "stitch" not in PLAN.settings
+    assert replace(PLAN, method=Method(stitch="blend")).settings["stitch"] == "blend"
+
+
 def test_no_two_settings_share_a_fingerprint() -> None:
     assert len({plan.fingerprint for plan in CHANGED.values()}) == len(CHANGED)
 
