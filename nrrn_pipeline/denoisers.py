@@ -54,7 +54,8 @@ class Weights:
 
 Denoiser = Weights | Filter | Noise
 
-CROPS, CROP = 8, (3, 256, 256)  # how many a filter's strength is set from, and their voxels along z, y, x
+CROP = (3, 256, 256)  # voxels along z, y, x of what a filter's strength is set from
+DEPTHS, PLACES = 4, (0.25, 0.75)  # as many crops along z, and where they lie along y and x
 
 
 def filter_for(name: str, volume: Volume, statistics: str) -> Filter:
@@ -64,23 +65,27 @@ def filter_for(name: str, volume: Volume, statistics: str) -> Filter:
     slices will be divided by, their own standard deviation or the volume's (`statistics`: slice or volume). Raises
     InputError if the filter is unknown or lacks its package, or there is no noise to be measured.
     """
-    found = [*_crops(volume)]
-    if not all(np.isfinite(crop).all() for crop in found):
+    found = np.stack([*_crops(volume)])  # (depth, place, 3, y, x)
+    if not np.isfinite(found).all():
         raise InputError(f"{volume.url} holds NaN or infinite voxels: replace them (with 0, say) before denoising")
-    crops = [crop for crop in found if crop.std((1, 2)).min() > 0]
-    if not crops:
+    found = found[found.std(axis=(1, 3, 4)).min(axis=1) > 0]
+    if not len(found):
         raise InputError(f"{volume.url} is blank where its noise is measured: no filter's strength can be set from it")
-    level = [crop - crop.mean((1, 2), keepdims=True) for crop in crops]  # slices may differ in brightness
-    std = float(np.std(np.concatenate([crop.ravel() for crop in (crops if statistics == "volume" else level)])))
-    stacks = [(crop / std).astype(np.float32) for crop in level]
+    level = found - found.mean(axis=(1, 3, 4), keepdims=True)  # slices may differ in brightness
+    std = float(np.std(found if statistics == "volume" else level))
+    stacks = [*(level / std).astype(np.float32).reshape(-1, *found.shape[2:])]
     return tuned(name, stacks, noise_sigma(np.concatenate(stacks)))
 
 
 def _crops(volume: Volume) -> Iterator[NDArray[np.float64]]:
-    """Of three slices each, from the first voxel to the last along a diagonal of the volume."""
+    """(place, 3, y, x) voxels at each depth."""
     sizes = [min(size, length) for size, length in zip(CROP, volume.shape, strict=True)]
-    for along in np.linspace(0, 1, CROPS):
-        starts = [round(along * (length - size)) for size, length in zip(sizes, volume.shape, strict=True)]
-        z, y, x = (Span(start, start + size) for start, size in zip(starts, sizes, strict=True))
-        slices = read_box(volume, Box(z, y, x)).astype(np.float64)
-        yield slices if len(slices) == CROP[0] else slices[[-1, 0, -1]]  # what is missing, the other neighbour replaces
+    room = [length - size for size, length in zip(sizes, volume.shape, strict=True)]
+    corners = sorted({(round(a * room[1]), round(b * room[2])) for a in PLACES for b in PLACES})
+    for z in sorted({round(along * room[0]) for along in np.linspace(0, 1, DEPTHS)}):
+        crops = []
+        for y, x in corners:
+            spans = (Span(start, start + size) for start, size in zip((z, y, x), sizes, strict=True))
+            crops.append(read_box(volume, Box(*spans)).astype(np.float64))
+        crop = np.stack(crops)
+        yield crop if sizes[0] == CROP[0] else crop[:, [-1, 0, -1]]  # what is missing, the other neighbour replaces
