@@ -201,6 +201,6 @@ def _cost(summary: Summary) -> dict[str, float | None]:
             "parameters": denoiser.architecture.parameters,
             "gflop_per_tile": denoiser.architecture.flop_per_voxel(images) * 256**2 / 1e9,
         }
-    if summary.voxels and not summary.resumed:  # workers' start included; nothing is known of a run that was resumed
+    if summary.voxels and not summary.resumed:  # nothing is known of a run that was resumed
         measures["million_voxels_per_s"] = summary.voxels / summary.seconds / 1e6
     return measures
