@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -16,7 +15,6 @@ import pytest
 
 from nrrn_pipeline import InputError, Options, RunError, cost, run_batch, storage
 from nrrn_pipeline.batch import Result, exit_status, runs, table_of, watch_batch
-from nrrn_pipeline.cli import main
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.runners import Outcome, Runner
 from nrrn_pipeline.slab import SlabTask
@@ -36,6 +34,7 @@ from tests.batches import (
     voxels_of,
     wait_for,
 )
+from tests.commands import Nrrn
 from tests.servers import ObjectStore
 from tests.support import array, bare_zarr, image_like, other_folder, stored_chunks
 
@@ -45,17 +44,6 @@ COUNT, BROKEN = 20, {3: "is not a Zarr volume", 8: "NaN", 13: "cannot be read at
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return single_runs(tmp_path_factory.mktemp("whole"), COUNT)
-
-
-@pytest.fixture
-def nrrn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["nrrn", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return int(end.value.code or 0), *capsys.readouterr()
-
-    return call
 
 
 def put_tree(store: ObjectStore, folder: Path, key: str) -> None:
@@ -74,7 +62,7 @@ def spoil(store: ObjectStore) -> None:
 
 
 def test_of_twenty_volumes_three_broken_ones_are_named_and_mended_alone(
-    seaweed: ObjectStore, whole: Path, tmp_path: Path, nrrn: Callable[..., tuple[int, str, str]]
+    seaweed: ObjectStore, whole: Path, tmp_path: Path, nrrn: Nrrn
 ) -> None:
     seaweed.make_bucket("batch")
     put_tree(seaweed, whole / "raw", "raw")
@@ -236,7 +224,7 @@ def test_a_cluster_that_can_do_nothing_is_no_fault_of_the_volumes(lab: Path, mon
 
 
 def test_slabs_that_fail_are_listed_and_have_a_status_of_their_own(
-    lab: Path, nrrn: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+    lab: Path, nrrn: Nrrn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failed: list[Any] = []
 
@@ -282,7 +270,7 @@ def test_options_that_cannot_be_are_refused_before_anything_starts(lab: Path) ->
 )
 def test_what_cannot_be_used_is_one_line_and_writes_nothing(
     lab: Path,
-    nrrn: Callable[..., tuple[int, str, str]],
+    nrrn: Nrrn,
     monkeypatch: pytest.MonkeyPatch,
     words: tuple[str, ...],
     said: str,
@@ -297,7 +285,7 @@ def test_what_cannot_be_used_is_one_line_and_writes_nothing(
 
 
 def test_a_folder_is_denoised_into_another_and_the_table_is_for_scripts(
-    lab: Path, whole: Path, nrrn: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+    lab: Path, whole: Path, nrrn: Nrrn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(lab)
     status, out, err = nrrn("batch", "raw/", "--into", "clean", "--weights", "w.safetensors", *WORDS)

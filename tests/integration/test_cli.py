@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations
@@ -18,36 +17,13 @@ import zarr
 from numpy.typing import NDArray
 
 from nrrn_pipeline import open_volume
-from nrrn_pipeline.cli import main
 from nrrn_pipeline.network import NRRN, load_weights
 from nrrn_pipeline.volume import read_box
+from tests.commands import Nrrn, Said
 from tests.support import bare_zarr, image_like, stored_chunks, tiny_network, tiny_weights, whole_slices
 
 LAYOUT = ("--chunk", "4,16,32", "--shard", "4,32,64", "--tile", "40")
 NM = {"c": 1.0, "t": 1.0, "z": 8.0, "y": 4.0, "x": 4.0}
-
-
-@dataclass(frozen=True)
-class Said:
-    """How a command ended and what it printed."""
-
-    status: int
-    out: str
-    err: str
-
-
-Nrrn = Callable[..., Said]
-
-
-@pytest.fixture
-def nrrn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Nrrn:
-    def call(*words: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["nrrn", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return Said(int(end.value.code or 0), *capsys.readouterr())
-
-    return call
 
 
 @dataclass(frozen=True)

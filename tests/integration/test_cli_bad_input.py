@@ -16,7 +16,7 @@ import torch
 import zarr
 from safetensors.torch import save_file
 
-from nrrn_pipeline.cli import main
+from tests.commands import Nrrn
 from tests.support import bare_zarr, image_like, tiny_weights
 
 PROGRESS = re.compile(r"\d+ slabs? on .*|statistics .*")
@@ -68,12 +68,10 @@ class Lab:
 
 
 @pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lab:
+def lab(tmp_path: Path, nrrn: Nrrn) -> Lab:
     def call(*words: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["nrrn", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return int(end.value.code or 0), capsys.readouterr().err
+        said = nrrn(*words)
+        return said.status, said.err
 
     bare_zarr(tmp_path / "raw.zarr", image_like((8, 48, 64)))
     tiny_weights(tmp_path / "w.safetensors")

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +12,12 @@ import pytest
 from numpy.typing import NDArray
 
 from nrrn_pipeline import open_volume, verify
-from nrrn_pipeline.cli import main
 from nrrn_pipeline.evaluation.metrics import psnr, ssim
 from nrrn_pipeline.evaluation.without_reference import low_frequency_share
 from nrrn_pipeline.geometry import box_of
 from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.volume import read_box
+from tests.commands import Nrrn
 from tests.support import bare_zarr, image_like, stored_chunks, tiny_weights
 
 SHAPE = (5, 64, 72)
@@ -28,18 +25,8 @@ ALL = ("--cluster", "serial", "--device", "cpu")
 CUT = ("--chunk", "2,32,32", "--shard", "2,32,64", "--tile", "40")
 
 
-@dataclass(frozen=True)
-class Said:
-    status: int
-    out: str
-    err: str
-
-
-Nrrn = Callable[..., Said]
-
-
 @pytest.fixture
-def nrrn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Nrrn:
+def nrrn(nrrn: Nrrn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nrrn:
     """In a folder with clean.zarr, noisy.zarr and w.safetensors."""
     z, y, x = np.meshgrid(*map(np.arange, SHAPE), indexing="ij")
     clean = np.rint(128 + 40 * np.sin(y / 9 + z / 4) + 40 * np.cos(x / 7)).astype(np.uint8)
@@ -47,16 +34,7 @@ def nrrn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     bare_zarr(tmp_path / "noisy.zarr", Noise(sigma=20, seed=1).added(clean, box_of(SHAPE)))
     tiny_weights(tmp_path / "w.safetensors")
     monkeypatch.chdir(tmp_path)
-
-    def call(*words: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["nrrn", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        said = Said(int(end.value.code or 0), *capsys.readouterr())
-        assert "Traceback" not in said.err
-        return said
-
-    return call
+    return nrrn
 
 
 def voxels(path: Path | str) -> NDArray[Any]:

@@ -8,14 +8,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from typer.main import get_command
 
-from nrrn_pipeline.cli import app, main
+from nrrn_pipeline.cli import app
 from nrrn_pipeline.cluster import SlurmSettings, load_settings
+from tests.commands import Nrrn, Said
 from tests.support import bare_zarr, image_like, tiny_weights
 
 DEPLOY = Path(__file__).parents[2] / "deploy/slurm"
@@ -23,31 +23,11 @@ SHELLCHECK = Path(sys.executable).parent / "shellcheck"
 ASKED = ("--array", "4", "--time", "2:00:00")
 
 
-@dataclass(frozen=True)
-class Said:
-    """How a command ended and what it printed."""
-
-    status: int
-    out: str
-    err: str
-
-
 Submit = Callable[..., Said]
 
 
 @pytest.fixture
-def nrrn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    def call(*words: str) -> Said:
-        monkeypatch.setattr(sys, "argv", ["nrrn", *words])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return Said(int(end.value.code or 0), *capsys.readouterr())
-
-    return call
-
-
-@pytest.fixture
-def submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nrrn: Callable[..., Said]) -> Submit:
+def submit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nrrn: Nrrn) -> Submit:
     """`nrrn submit slurm raw.zarr out.zarr --weights w.safetensors` and more, in a folder where these are."""
     bare_zarr(tmp_path / "raw.zarr", image_like((8, 64, 64)))
     tiny_weights(tmp_path / "w.safetensors")
@@ -88,7 +68,7 @@ def test_a_dry_run_prints_the_script_and_leaves_nothing(submit: Submit, tmp_path
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_options_of_denoise_are_passed_on_wherever_they_stand(submit: Submit, nrrn: Callable[..., Said]) -> None:
+def test_options_of_denoise_are_passed_on_wherever_they_stand(submit: Submit, nrrn: Nrrn) -> None:
     layout = ("--slab=4,32,64", "--chunk", "4,16,32", "--shard", "4,32,64")
     more = ("--tile", "40", "--device", "cuda", "--no-prefetch", "--roi", "0:4,0:32,0:64", "--images", "2")
     words = ("--weights", "w.safetensors", *ASKED, "raw.zarr", "out.zarr", *more, "--dry-run")
@@ -196,7 +176,7 @@ def test_what_denoise_would_refuse_is_refused_before_anything_is_queued(
     ],
 )
 def test_wrong_paths_are_refused_as_denoise_refuses_them(
-    submit: Submit, nrrn: Callable[..., Said], changes: dict[str, str], said: str
+    submit: Submit, nrrn: Nrrn, changes: dict[str, str], said: str
 ) -> None:
     refused = submit(*ASKED, **changes)
     assert refused.status == 2
@@ -206,7 +186,7 @@ def test_wrong_paths_are_refused_as_denoise_refuses_them(
     assert (by_denoise.status, by_denoise.err) == (2, refused.err)
 
 
-def test_a_run_with_other_settings_is_not_joined(submit: Submit, nrrn: Callable[..., Said]) -> None:
+def test_a_run_with_other_settings_is_not_joined(submit: Submit, nrrn: Nrrn) -> None:
     begun = nrrn("denoise", "raw.zarr", "out.zarr", "--weights", "w.safetensors", "--cluster", "serial")
     assert begun.status == 0, begun.err
     refused = submit(*ASKED, "--images", "2")
@@ -259,9 +239,7 @@ def example() -> list[str]:
     return shlex.split(found[1].replace("\\\n", " "))
 
 
-def test_the_example_is_what_is_submitted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nrrn: Callable[..., Said]
-) -> None:
+def test_the_example_is_what_is_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nrrn: Nrrn) -> None:
     bare_zarr(tmp_path / "raw.zarr", image_like((8, 64, 64)))
     tiny_weights(tmp_path / "lab.safetensors")
     monkeypatch.chdir(tmp_path)
