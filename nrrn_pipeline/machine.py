@@ -14,7 +14,7 @@ import psutil
 
 from nrrn_pipeline.errors import InputError
 
-PACKAGES = ("torch", "numpy", "zarr", "dask", "distributed")
+PACKAGES = ("torch", "numpy", "scipy", "scikit-image", "zarr", "dask", "distributed")  # what changes voxels, or speaks
 
 
 def cores() -> int:
