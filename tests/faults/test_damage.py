@@ -87,14 +87,14 @@ class Faults:
         self.real = slab.denoise_voxels
         monkeypatch.setattr(slab, "denoise_voxels", self)
 
-    def __call__(self, noisy: Any, task: SlabTask, network: Any, tile: int, halo: int) -> Any:
+    def __call__(self, noisy: Any, task: SlabTask, network: Any, plan: DenoisePlan) -> Any:
         key = task.slab.key
         self.tries[key] += 1
 
         def failing(stack: Any) -> Any:
             raise self.of[key]
 
-        return self.real(noisy, task, failing if key in self.of else network, tile, halo)
+        return self.real(noisy, task, failing if key in self.of else network, plan)
 
 
 @pytest.fixture
