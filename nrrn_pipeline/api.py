@@ -123,9 +123,8 @@ def plan(
     InputError where denoise would.
     """
     options = options or Options()
-    made = make_plan(
-        source, output, PAPER if weights is None and options.method.name in (None, "nrrn") else weights, options
-    )
+    used = PAPER if weights is None and options.method.name in (None, "nrrn") else weights
+    made = make_plan(source, output, used, options)
     if made.denoiser == PAPER and not options.overwrite and Ledger(made.target.url).begun():
         raise InputError(f"{made.group_url} is begun: give its --weights, to plan what is left of it")
     check_output(made, options.overwrite)

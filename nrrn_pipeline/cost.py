@@ -13,7 +13,7 @@ from nrrn_pipeline.geometry import Box
 from nrrn_pipeline.machine import cores, free_memory_bytes, threads_each
 from nrrn_pipeline.network import Network, seconds_per_pixel
 from nrrn_pipeline.noise import Noise
-from nrrn_pipeline.planning import DenoisePlan
+from nrrn_pipeline.planning import DenoisePlan, Slab
 from nrrn_pipeline.statistics import statistics_boxes
 from nrrn_pipeline.volume import Volume
 
@@ -96,7 +96,7 @@ def worker_bytes(plan: DenoisePlan, at_once: int = 1) -> int:
     encoding = 3 * min(slab.keep.size, prod(plan.target.write_unit)) * item  # chunks, their shard, its bytes to send
     # the tile, normalised in two steps, the estimate, scaled back; in float64 for float voxels
     stack = len(slab.read.z) * pixels * (item + 4 * (8 if plan.source.dtype == "float32" else 4))
-    maps = _working_bytes(plan, pixels)
+    maps = _working_bytes(plan, slab, pixels)
     boxes = statistics_boxes(plan.source, plan.statistics_z)
     measured = max(box.size * item + 16 * len(box.y) * len(box.x) for box in boxes)
     computing = voxels_in + voxels_out + stack + maps
@@ -148,8 +148,8 @@ def bytes_text(count: float) -> str:
     raise AssertionError("unreachable")
 
 
-def _working_bytes(plan: DenoisePlan, pixels: int) -> int:
-    """What the denoiser takes for a tile, and stitching for a slab."""
+def _working_bytes(plan: DenoisePlan, slab: Slab, pixels: int) -> int:
+    """What the denoiser takes for a tile, and stitching for the slab."""
     match plan.denoiser:
         case Weights():
             found = plan.denoiser.architecture.activation_bytes(pixels, plan.method.images)
@@ -159,7 +159,7 @@ def _working_bytes(plan: DenoisePlan, pixels: int) -> int:
             return 0
     if plan.method.stitch == "blend":
         # the sum, its mean, in grey levels, rounded: of float voxels in float64
-        found += (24 if plan.source.dtype == "float32" else 20) * max(slab.keep.size for slab in plan.slabs)
+        found += (24 if plan.source.dtype == "float32" else 20) * slab.keep.size
     return found
 
 

@@ -142,7 +142,7 @@ def _reference(location: Location, level: int, source: Volume, box: Box, noisy: 
     return clean
 
 
-def data_range(reference: NDArray[Any]) -> float:
+def _data_range(reference: NDArray[Any]) -> float:
     """Grey levels from black to white: all 255 of uint8, of other dtypes those that the reference takes."""
     return 255.0 if reference.dtype == np.uint8 else float(reference.max()) - float(reference.min())
 
@@ -153,9 +153,9 @@ def _against(
     """The same with what the yardstick says of it."""
     measures: dict[str, float | None] = {}
     if clean is not None:
-        measures["psnr_db"] = psnr(clean, voxels, data_range(clean))
-        measures["ssim"] = ssim(clean, voxels, data_range(clean))
-        found = replace(found, patches=patch_likeness(clean, voxels, data_range(clean)))
+        measures["psnr_db"] = psnr(clean, voxels, _data_range(clean))
+        measures["ssim"] = ssim(clean, voxels, _data_range(clean))
+        found = replace(found, patches=patch_likeness(clean, voxels, _data_range(clean)))
     if yardstick.flat is not None:
         flat = region(voxels, yardstick.flat.shifted(box))
         measures["flat_iqr"] = interquartile_range(flat)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+
+from nrrn_pipeline.report.page import display_range, grey_levels
 
 MARGIN, CAPTION = 8, 26  # pixels
 
@@ -18,13 +19,12 @@ def save_panels(path: str | os.PathLike[str], panels: dict[str, NDArray[Any]], e
     One grey scale serves all, from the 0.5th to the 99.5th percentile of the last one, so that what differs is the
     data and not the display.
     """
-    low, high = np.percentile(list(panels.values())[-1], [0.5, 99.5])
+    low, high = display_range(list(panels.values())[-1])
     height, width = (enlarge * length for length in next(iter(panels.values())).shape)
     sheet = Image.new("L", (len(panels) * (width + MARGIN) + MARGIN, height + CAPTION + MARGIN), 255)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
     for column, (caption, image) in enumerate(panels.items()):
-        grey = np.clip((image.astype(np.float32) - low) / max(high - low, 1e-6) * 255, 0, 255).astype(np.uint8)
-        picture = Image.fromarray(grey).resize((width, height), Image.Resampling.NEAREST)
+        picture = Image.fromarray(grey_levels(image, low, high)).resize((width, height), Image.Resampling.NEAREST)
         left = MARGIN + column * (width + MARGIN)
         sheet.paste(picture, (left, CAPTION))
         draw.text((left, 3), caption, fill=0, font=font)
