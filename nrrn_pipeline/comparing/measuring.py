@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nrrn_pipeline.api import RunWatch, Summary, run_planned
+from nrrn_pipeline.api import RunWatch, Summary, carry_out, open_runner
 from nrrn_pipeline.comparing.methods import Candidate
 from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import InputError
@@ -17,9 +17,12 @@ from nrrn_pipeline.evaluation.metrics import PatchLikeness, patch_likeness, psnr
 from nrrn_pipeline.evaluation.signal import Line, has_edge, interquartile_range, region, rise_distance
 from nrrn_pipeline.evaluation.without_reference import (
     autocorrelation,
-    measure_without_reference,
+    brightness_steps,
+    low_frequency_share,
+    neighbour_correlation,
     noise_sigma,
     seam_energy,
+    whiteness,
 )
 from nrrn_pipeline.geometry import Box, Shape
 from nrrn_pipeline.options import Options
@@ -98,14 +101,15 @@ def compare(
     if yardstick.flat is not None:
         refuse_outside(yardstick.flat, box, "flat")
     middle = _middle(box.shape)
-    measures: dict[str, float | None] = {"noise_sigma": float(noise_sigma(noisy).mean())}
-    compared = [_against(Compared(INPUT, measures, noisy[middle]), noisy, clean, yardstick, box)]
+    compared = [_against(Compared(INPUT, {}, noisy[middle]), noisy, clean, yardstick, box)]
     plans = [_planned(source, folder, candidate, options) for candidate in methods]  # before any of them runs
-    for candidate, plan in zip(methods, plans, strict=True):
-        summary = run_planned(plan, options, watch)
-        denoised = read_box(plan.target, plan.target.box)
-        found = _alone(Compared(candidate.name, _cost(summary), denoised[middle]), noisy, denoised, plan)
-        compared.append(_against(found, denoised, clean, yardstick, box))
+    with open_runner(plans, options) as (runner, where):
+        for candidate, plan in zip(methods, plans, strict=True):
+            watch.started(plan, where)
+            summary = carry_out(plan, options, runner, watch)
+            denoised = read_box(plan.target, plan.target.box)
+            found = _removed(Compared(candidate.name, _cost(summary), denoised[middle]), noisy, denoised, plan)
+            compared.append(_against(found, denoised, clean, yardstick, box))
     return Comparison(opened, box, tuple(compared), None if clean is None else clean[middle])
 
 
@@ -150,8 +154,10 @@ def _data_range(reference: NDArray[Any]) -> float:
 def _against(
     found: Compared, voxels: NDArray[Any], clean: NDArray[Any] | None, yardstick: Yardstick, box: Box
 ) -> Compared:
-    """The same with what the yardstick says of it."""
-    measures: dict[str, float | None] = {}
+    """The same with what its voxels say, by themselves and against the yardstick."""
+    measures: dict[str, float | None] = {"noise_sigma": float(noise_sigma(voxels).mean())}
+    if len(voxels) > 1:
+        measures["largest_brightness_step"] = float(brightness_steps(voxels).max())
     if clean is not None:
         measures["psnr_db"] = psnr(clean, voxels, _data_range(clean))
         measures["ssim"] = ssim(clean, voxels, _data_range(clean))
@@ -167,21 +173,17 @@ def _against(
     return replace(found, measures=measures | found.measures)
 
 
-def _alone(found: Compared, noisy: NDArray[Any], denoised: NDArray[Any], plan: DenoisePlan) -> Compared:
-    """The same with what its output, and what it removed, say by themselves."""
-    measures: dict[str, float | None] = {}
-    if len(noisy) > 1 and denoised.min() < denoised.max():
-        alone = measure_without_reference(noisy, denoised)
-        measures = {
-            "noise_sigma": alone.noise_sigma_after,
-            "residual_whiteness": alone.whiteness,
-            "residual_neighbour_correlation": alone.neighbour_correlation,
-            "residual_low_frequency_share": alone.low_frequency_share,
-            "largest_brightness_step": alone.largest_brightness_step_after,
-        }
-    measures["seam_energy"] = _seams(denoised, plan)
-    residual = autocorrelation(noisy.astype(np.float64) - denoised)
-    return replace(found, measures=measures | found.measures, residual=residual)
+def _removed(found: Compared, noisy: NDArray[Any], denoised: NDArray[Any], plan: DenoisePlan) -> Compared:
+    """The same with what it took out of the input, and the seams it left."""
+    residual = np.subtract(noisy, denoised, dtype=np.result_type(noisy, denoised, np.float32))
+    correlation = autocorrelation(residual)
+    measures = {
+        "residual_whiteness": whiteness(correlation),
+        "residual_neighbour_correlation": neighbour_correlation(residual) if len(residual) > 1 else None,
+        "residual_low_frequency_share": low_frequency_share(residual),
+        "seam_energy": _seams(denoised, plan),
+    }
+    return replace(found, measures=found.measures | measures, residual=correlation)
 
 
 def _seams(voxels: NDArray[Any], plan: DenoisePlan) -> float | None:

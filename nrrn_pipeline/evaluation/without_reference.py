@@ -1,14 +1,14 @@
 """How much noise denoising took, and whether it took structure too, where no clean reference exists.
 
 Volumes are (z, y, x), grey levels; residual = noisy - denoised. Of good denoising the residual is like the noise of
-FIB-SEM: white within a slice and independent from slice to slice. What it has of structure was lost.
+FIB-SEM: white within a slice and independent from slice to slice. What it has of structure was lost. All measures of
+the residual are 0 if it is all zero.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
@@ -17,44 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.evaluation.metrics import refuse_unlike
 
 Floats = NDArray[np.float64]
 
 LAG = 8  # voxels: most structure lost by smoothing shows nearer than that
-
-
-@dataclass(frozen=True)
-class Unreferenced:
-    """What can be said of a denoised volume without a reference; the residual's measures are 0 if it is all zero."""
-
-    noise_sigma_before: float  # grey levels, mean over slices
-    noise_sigma_after: float
-    whiteness: float  # 0: white
-    neighbour_correlation: float  # 0: the residuals of successive slices are independent
-    low_frequency_share: float  # 0.126: white; more: structure was lost; less: noise was left
-    largest_brightness_step_before: float  # grey levels
-    largest_brightness_step_after: float
-
-
-def measure_without_reference(noisy: NDArray[Any], denoised: NDArray[Any]) -> Unreferenced:
-    """All measures of this file that need no knowledge of tiles.
-
-    Raises InputError for shapes or ranges that differ, NaN, a constant volume, fewer than 2 slices, slices too small.
-    """
-    refuse_unlike(noisy, denoised, ("noisy volume", "denoised volume"))
-    if len(noisy) < 2:
-        raise InputError("one slice was given: give at least 2, so that successive slices can be compared")
-    residual = np.subtract(noisy, denoised, dtype=np.result_type(noisy, denoised, np.float32))
-    return Unreferenced(
-        noise_sigma_before=float(noise_sigma(noisy).mean()),
-        noise_sigma_after=float(noise_sigma(denoised).mean()),
-        whiteness=whiteness(residual),
-        neighbour_correlation=neighbour_correlation(residual),
-        low_frequency_share=low_frequency_share(residual),
-        largest_brightness_step_before=float(brightness_steps(noisy).max()),
-        largest_brightness_step_after=float(brightness_steps(denoised).max()),
-    )
 
 
 def noise_sigma(volume: NDArray[Any]) -> Floats:
@@ -92,14 +58,11 @@ def autocorrelation(residual: NDArray[Any], lag: int = LAG) -> Floats:
     return covariance / covariance[lag, lag] if covariance[lag, lag] > 0 else np.zeros_like(covariance)
 
 
-def whiteness(residual: NDArray[Any]) -> float:
-    """The largest |autocorrelation| off the centre: 0 for white noise, up to a few times 1 / sqrt(voxels).
-
-    0 for a residual that is constant in every slice. Raises InputError for slices not larger than LAG.
-    """
-    found = np.abs(autocorrelation(residual))
-    found[LAG, LAG] = 0
-    return float(found.max())
+def whiteness(correlation: Floats) -> float:
+    """The largest |value| of an autocorrelation off its centre: about 0, a few / sqrt(voxels), for white noise."""
+    strength = np.abs(correlation)
+    strength[tuple(length // 2 for length in strength.shape)] = 0
+    return float(strength.max())
 
 
 def neighbour_correlation(residual: NDArray[Any]) -> float:

@@ -88,6 +88,24 @@ def test_evaluating_again_denoises_nothing_again_and_says_the_same(nrrn: Nrrn) -
     assert "psnr_db" not in after["mean"]
 
 
+def test_of_one_slice_all_is_measured_but_what_compares_slices(nrrn: Nrrn) -> None:
+    words = ("evaluate", "noisy.zarr", "--methods", "gaussian-avg", "--out", "out", *ALL, "--roi", "2:3,0:64,0:72")
+    assert nrrn(*words).status == 0
+    rows = results()
+    assert 0.01 < rows["gaussian-avg"]["residual_whiteness"] < 0.5
+    assert 0.05 < rows["gaussian-avg"]["residual_low_frequency_share"] < 0.2
+    assert rows["gaussian-avg"]["residual_neighbour_correlation"] is None
+    assert "largest_brightness_step" not in rows["input"]
+
+
+def test_all_methods_run_on_the_same_workers(nrrn: Nrrn, tmp_path: Path) -> None:
+    words = ("evaluate", "noisy.zarr", "--methods", "mean,gaussian-avg,median-avg", "--out", "out", *CUT)
+    assert nrrn(*words, "--cluster", "local", "--workers", "1").status == 0
+    records = list(tmp_path.glob("out/*/0/nrrn/slabs/*.json"))
+    assert len(records) > 6
+    assert len({json.loads(record.read_text())["worker"] for record in records}) == 1
+
+
 def test_flat_signal_and_edges_are_measured_where_they_are_said_to_be(nrrn: Nrrn, tmp_path: Path) -> None:
     clean = np.full(SHAPE, 60, np.uint8)
     clean[:, :, 40:] = 180
