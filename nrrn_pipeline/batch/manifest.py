@@ -21,6 +21,7 @@ from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Shape
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import absolute, can_list
+from nrrn_pipeline.planning import Method
 from nrrn_pipeline.preparing import Location, describe_weights
 from nrrn_pipeline.volume import is_zarr
 
@@ -77,6 +78,8 @@ class Settings(BaseModel):
     halo: Whole | None = None
     images: Whole | None = None
     stats: Text | None = None
+    method: Text | None = None
+    stitch: Text | None = None
 
     def over(self, common: Options) -> Options:
         """The common options, but for what is set here. Raises InputError for what cannot be."""
@@ -85,7 +88,7 @@ class Settings(BaseModel):
             return {name: value for name, own in names.items() if (value := getattr(self, own)) is not None}
 
         layout = replace(common.layout, **given(slab="slab", chunk="chunk", shard="shard", tile="tile", halo="halo"))
-        method = replace(common.method, **given(images="images", statistics="stats"))
+        method = replace(common.method, **given(images="images", statistics="stats", name="method", stitch="stitch"))
         return replace(common, layout=layout, method=method, **given(level="level", roi="roi"))
 
 
@@ -100,37 +103,45 @@ class Entry(Settings):
 class Job:
     """One volume to denoise: URLs or absolute paths, and the settings of its own. `place` is its place in the manifest.
 
-    Two jobs are the same if all but their places is.
+    weights: None for a filter. Two jobs are the same if all but their places is.
     """
 
     source: str
     output: str
-    weights: str
+    weights: str | None
     settings: Settings = field(default_factory=Settings)
     place: str = field(default="", compare=False)
 
 
 def read_manifest(
-    manifest: Location, weights: Location | None = None, into: Location | None = None, empty: bool = False
+    manifest: Location,
+    weights: Location | None = None,
+    into: Location | None = None,
+    empty: bool = False,
+    method: str | None = None,
 ) -> list[Job]:
     """The volumes that a manifest names, in its order.
 
     A manifest is a CSV (.csv: columns source, output, and any settings), a TOML (.toml: [[volume]] tables with the same
     keys, and [defaults]), a glob such as s3://lab/raw/*.zarr, or a folder with / at its end, for every Zarr right below
     it; the last two need `into`, the folder for outputs of the same names. What is relative in a file is relative to
-    its folder. `weights` are those of volumes that name none. `empty`: a glob or folder may hold no volume yet.
+    its folder. `weights` and `method` are those of volumes that name none. `empty`: a glob or folder may hold no volume
+    yet.
 
     Raises InputError, naming lines or entries, if any of it cannot be used.
     """
     text = os.fspath(manifest)
+    filtered = Method(name=method).filter
+    if filtered and weights is not None:
+        raise InputError(f"the filter {method} needs no weights: leave them out")
     common = None if weights is None else describe_weights(weights).path
     if text.endswith((".csv", ".toml")):
         if into is not None:
             raise InputError(f"--into is for globs and folders: {text} names its outputs itself")
-        jobs, problems = _jobs_in_file(absolute(text), common)
+        jobs, problems = _jobs_in_file(absolute(text), common, method)
     elif _WILD.search(text) or text.endswith("/"):
-        if into is None or common is None:
-            missing = "--into, the folder for its outputs" if into is None else "--weights"
+        if into is None or (common is None and not filtered):
+            missing = "--into, the folder for its outputs" if into is None else "--weights, or a filter as --method"
             raise InputError(f"{text} names volumes alone: give {missing}")
         jobs, problems = _jobs_found(text, absolute(into), common), []
         if not jobs and not empty:
@@ -147,14 +158,17 @@ def read_manifest(
     return jobs
 
 
-def _jobs_in_file(url: str, weights: str | None) -> tuple[list[Job], list[str]]:
+def _jobs_in_file(url: str, weights: str | None, method: str | None) -> tuple[list[Job], list[str]]:
     """Jobs, and what is wrong with the others."""
     text, rows = _text_of(url), _csv_rows if url.endswith(".csv") else _toml_rows
     jobs, problems = [], []
     try:
         for place, row in rows(text):
             try:
-                jobs.append(_job(row, place, url.rpartition("/")[0], weights))
+                entry = _entry(row)
+                folder = url.rpartition("/")[0]
+                source, output = (_beside(folder, location) for location in (entry.source, entry.output))
+                jobs.append(Job(source, output, _weights_for(entry, folder, weights, method), entry, place))
             except InputError as error:
                 problems.append(f"{place}: {error}")
     except (ValueError, RecursionError, csv.Error) as error:
@@ -234,18 +248,26 @@ def _toml_rows(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"volume {number}", defaults | volume
 
 
-def _job(row: Mapping[str, Any], place: str, folder: str, weights: str | None) -> Job:
+def _entry(row: Mapping[str, Any]) -> Entry:
     """Raises InputError, saying what is wrong."""
     try:
-        entry = Entry.model_validate(row)
+        return Entry.model_validate(row)
     except ValidationError as error:
         raise InputError(wrong_keys(error)) from None
-    entry.over(Options())
+
+
+def _weights_for(entry: Entry, folder: str, weights: str | None, method: str | None) -> str | None:
+    """Its own, or the common ones; None for a filter. Raises InputError if its settings cannot be, or lack weights."""
+    method_of_it = entry.over(Options(method=Method(name=method))).method
     if entry.weights is not None:
-        weights = _beside(folder, entry.weights)
+        if method_of_it.filter:
+            raise InputError(f"the filter {method_of_it.name} needs no weights: leave them out, or name no filter")
+        return _beside(folder, entry.weights)
+    if method_of_it.filter:
+        return None
     if weights is None:
-        raise InputError("it has no weights: name them there, or give --weights")
-    return Job(_beside(folder, entry.source), _beside(folder, entry.output), weights, entry, place)
+        raise InputError("it has no weights: name them there or give --weights, or name a filter as its method")
+    return weights
 
 
 def _beside(folder: str, location: str) -> str:
@@ -253,7 +275,7 @@ def _beside(folder: str, location: str) -> str:
     return absolute(location if "://" in location or location.startswith(("/", "~")) else f"{folder}/{location}")
 
 
-def _jobs_found(pattern: str, into: str, weights: str) -> list[Job]:
+def _jobs_found(pattern: str, into: str, weights: str | None) -> list[Job]:
     """A job for each volume that a glob matches, or that lies in a folder; none for what lies where outputs go."""
     url = absolute(pattern)
     if not can_list(url):

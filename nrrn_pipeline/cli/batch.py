@@ -20,10 +20,7 @@ from nrrn_pipeline.batch import (
     table_of,
     watch_batch,
 )
-from nrrn_pipeline.cli.options import (
-    WORDS,
-    takes_options,
-)
+from nrrn_pipeline.cli.options import WORDS, takes_options
 from nrrn_pipeline.cli.terminal import Watch, err, print_columns, progress_bar
 from nrrn_pipeline.cost import counted
 from nrrn_pipeline.errors import GO_ON, readable
@@ -64,15 +61,15 @@ class BatchBar(Watch, BatchWatch):
         err.print(readable(text))
 
 
-@takes_options(WORDS - {"roi", "overwrite", "shard_of", "method", "stitch"})
+@takes_options(WORDS - {"roi", "overwrite", "shard_of"})
 def batch(
     manifest: Annotated[
         str,
         typer.Argument(
             metavar="MANIFEST",
             help="FILE.csv with columns source, output and any of weights, level, roi, slab, chunk, shard, tile, halo, "
-            "images, stats; FILE.toml with tables volume of the same keys, and a table defaults; a glob, in quotes; or "
-            "a folder with / at its end, for every Zarr in it.",
+            "images, stats, method, stitch; FILE.toml with tables volume of the same keys, and a table defaults; a "
+            "glob, in quotes; or a folder with / at its end, for every Zarr in it.",
         ),
     ],
     options: api.Options,
@@ -94,7 +91,7 @@ def batch(
 
     Example: nrrn batch 's3://lab/raw/*.zarr' --into s3://lab/clean --weights lab.safetensors
     """
-    look = partial(read_manifest, manifest, weights, into, empty=watch)
+    look = partial(read_manifest, manifest, weights, into, empty=watch, method=options.method.name)
     results: dict[Job, Result] = {}
     try:
         with progress_bar(GO_ON) as bar:

@@ -42,7 +42,7 @@ NOTES = (
     "Seams: changes across the borders of tiles and slabs, against all others: near 1, but for what the image itself "
     "has there.",
     "Arithmetic: floating-point operations for a tile of 256 x 256 pixels, in units of 10^9. Speed: with all "
-    "workers together, measuring the slices' mean and standard deviation included.",
+    "workers together, measuring the slices' mean and standard deviation included; none of a run that was resumed.",
 )
 
 

@@ -316,3 +316,11 @@ def test_a_batch_that_is_killed_goes_on_where_it_was(lab: Path, whole: Path) -> 
     assert_exact(lab, whole, 0, 1, 2, 3)
     for number, slabs in before.items():
         assert {name: Path(records[number], name).read_bytes() for name in slabs} == slabs  # done once
+
+
+def test_a_filter_denoises_a_batch_as_it_does_a_single_volume(lab: Path, nrrn: Nrrn, tmp_path: Path) -> None:
+    words = (*WORDS, "--method", "gaussian-avg", "--stitch", "blend")
+    said = nrrn("batch", f"{lab}/raw/*.zarr", "--into", f"{lab}/filtered", *words)
+    assert said.status == 0, said.err
+    assert nrrn("denoise", f"{lab}/raw/{name_of(2)}", f"{tmp_path}/once.zarr", *words).status == 0
+    assert stored_chunks(lab / "filtered" / name_of(2) / "0") == stored_chunks(tmp_path / "once.zarr/0")

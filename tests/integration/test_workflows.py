@@ -120,7 +120,17 @@ def test_paper_tables(tmp_path: Path) -> None:
     assert "trained epfl" in again
     assert "trained fib25" not in again  # it was there
     tables = (tmp_path / "out/tables.md").read_text()
-    for title in ("Table 1", "Table 2", "Fig. 4", "Fig. 5A", "Fig. 5C", "Fig. S1", "Fig. S2", "Stitching"):
+    for title in (
+        "Table 1",
+        "Table 2",
+        "Fig. 4",
+        "Fig. 5A",
+        "Fig. 5C",
+        "Fig. S1",
+        "Fig. S2",
+        "Stitching",
+        "EPFL with the noise",
+    ):
         assert title in tables
     found = json.loads((tmp_path / "out/results.json").read_text())
     assert next(iter(found["table-1"])) == "input"

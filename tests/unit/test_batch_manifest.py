@@ -13,7 +13,7 @@ from nrrn_pipeline import Box, InputError, Options, read_manifest
 from nrrn_pipeline.batch import manifest
 from tests.support import array, image_like, ome_image, other_folder, tiny_weights
 
-KNOWN = "chunk, halo, images, level, output, roi, shard, slab, source, stats, tile, weights"
+KNOWN = "chunk, halo, images, level, method, output, roi, shard, slab, source, stats, stitch, tile, weights"
 
 
 @pytest.fixture
@@ -24,10 +24,12 @@ def lab(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def read(lab: Path) -> Callable[..., list[manifest.Job]]:
-    def call(text: str | bytes, kind: str = "csv", weights: str | None = "w.safetensors") -> list[manifest.Job]:
+    def call(
+        text: str | bytes, kind: str = "csv", weights: str | None = "w.safetensors", method: str | None = None
+    ) -> list[manifest.Job]:
         file = lab / f"jobs.{kind}"
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return read_manifest(file, None if weights is None else lab / weights)
+        return read_manifest(file, None if weights is None else lab / weights, method=method)
 
     return call
 
@@ -51,17 +53,38 @@ def test_a_csv_names_volumes_relative_to_its_folder(read: Read, lab: Path) -> No
 
 
 def test_settings_of_a_row_go_before_those_of_the_batch(read: Read, lab: Path) -> None:
-    header = "source,output,weights,level,roi,slab,chunk,shard,tile,halo,images,stats"
-    row = 'a,b,other.safetensors,2,"0:8,0:64,0:64","8,64,64","4,32,32","8, 64, 64",128,9,2,volume'
-    full, bare = read(f"{header}\n{row}\nc,d,,,,,,,,,,\n")
+    header = "source,output,weights,level,roi,slab,chunk,shard,tile,halo,images,stats,method,stitch"
+    row = 'a,b,other.safetensors,2,"0:8,0:64,0:64","8,64,64","4,32,32","8, 64, 64",128,9,2,volume,nrrn,blend'
+    full, bare = read(f"{header}\n{row}\nc,d,,,,,,,,,,,,\n")
     common = Options(level=1, cluster="serial")
     own = full.settings.over(common)
     assert full.weights == f"{lab}/other.safetensors"
     assert (own.level, own.roi, own.cluster) == (2, Box.parse("0:8,0:64,0:64"), "serial")
     assert (own.layout.slab, own.layout.chunk, own.layout.shard) == ((8, 64, 64), (4, 32, 32), (8, 64, 64))
     assert (own.layout.tile, own.layout.halo, own.method.images, own.method.statistics) == (128, 9, 2, "volume")
+    assert (own.method.name, own.method.stitch) == ("nrrn", "blend")
     assert bare.weights == f"{lab}/w.safetensors"
     assert bare.settings.over(common) == common
+
+
+def test_a_filter_takes_no_weights_and_a_network_some(read: Read, lab: Path) -> None:
+    header, filtered, networked = "source,output,method\n", "a,b,nlm-avg\n", "c,d,nrrn\n"
+    first, second = read(header + filtered + networked)
+    assert (first.weights, second.weights) == (None, f"{lab}/w.safetensors")
+    (alone,) = read("source,output\na,b\n", weights=None, method="mean")
+    assert alone.weights is None
+    first, second = read("source,output,method,weights\na,b,,\nc,d,nrrn,own\n", weights=None, method="mean")
+    assert (first.weights, second.weights) == (None, f"{lab}/own")
+    for text, weights, method, said in (
+        (header + networked, None, None, "line 2: it has no weights"),
+        (header + networked, None, "mean", "line 2: it has no weights"),
+        (header + "a,b,median\n", None, None, "line 2: method 'median' is unknown"),
+        ("source,output,weights\na,b,own\n", None, "mean", "line 2: the filter mean needs no weights"),
+        ("source,output,method,images\na,b,mean,2\n", None, None, "line 2: images 2 are for networks"),
+        (header + filtered, "w.safetensors", "mean", "the filter mean needs no weights: leave them out"),
+    ):
+        with pytest.raises(InputError, match=said):
+            read(text, weights=weights, method=method)
 
 
 def test_a_toml_names_volumes_with_defaults(read: Read, lab: Path) -> None:
@@ -221,7 +244,7 @@ def test_ten_thousand_volumes_are_read_in_a_moment(read: Read) -> None:
 
 def test_weights_must_be_named_somewhere_and_be_there(read: Read) -> None:
     text = "source,output,weights\na,b,w.safetensors\nc,d,\n"
-    with pytest.raises(InputError, match="line 3: it has no weights: name them there, or give --weights"):
+    with pytest.raises(InputError, match="line 3: it has no weights: name them there or give --weights"):
         read(text, weights=None)
     with pytest.raises(InputError, match=r"no\.safetensors"):
         read(text, weights="no.safetensors")
@@ -300,6 +323,7 @@ def test_a_glob_that_cannot_be_used_is_refused(raw: Path, lab: Path) -> None:
             read_manifest(pattern, weights, into)
     with pytest.raises(InputError, match="give --weights"):
         read_manifest(raw / "*.zarr", None, "out")
+    assert {job.weights for job in read_manifest(raw / "*.zarr", None, "out", method="mean")} == {None}
     assert read_manifest(raw / "*.n5", weights, "out", empty=True) == []
 
 
