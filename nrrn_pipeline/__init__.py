@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nrrn_pipeline.api import RunWatch, add_noise, denoise, import_weights, plan, repair, status, train, verify
+    from nrrn_pipeline.api import RunWatch, add_noise, denoise, import_weights, plan, repair, status, verify
     from nrrn_pipeline.batch import read_manifest, run_batch
     from nrrn_pipeline.comparing import Yardstick, candidates, compare, write_results
     from nrrn_pipeline.errors import InputError, NrrnError, RunError, SlabsFailedError, StorageError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nrrn_pipeline.places import using_options
     from nrrn_pipeline.planning import Layout, Method
     from nrrn_pipeline.training.fit import TrainSettings
+    from nrrn_pipeline.training.train import train
     from nrrn_pipeline.volume import open_volume
 
 __all__ = [
@@ -57,7 +58,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": ("RunWatch", "add_noise", "denoise", "import_weights", "plan", "repair", "status", "train", "verify"),
+    "api": ("RunWatch", "add_noise", "denoise", "import_weights", "plan", "repair", "status", "verify"),
     "batch": ("read_manifest", "run_batch"),
     "comparing": ("Yardstick", "candidates", "compare", "write_results"),
     "errors": ("InputError", "NrrnError", "RunError", "SlabsFailedError", "StorageError"),
@@ -68,6 +69,7 @@ _HOMES = {
     "places": ("using_options",),
     "planning": ("Layout", "Method"),
     "training.fit": ("TrainSettings",),
+    "training.train": ("train",),
     "volume": ("open_volume",),
 }
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.checking import GROWTH_BROKE_OFF, Status, check, status
@@ -47,8 +43,6 @@ from nrrn_pipeline.run import Progress, check_output, run_plan
 from nrrn_pipeline.runners import DaskRunner, Runner, ThreadRunner, run_serially
 from nrrn_pipeline.sharing import run_share
 from nrrn_pipeline.slab import load_network
-from nrrn_pipeline.training.fit import OnStep, TrainSettings, fit
-from nrrn_pipeline.training.triplets import triplets
 from nrrn_pipeline.volume import get_provenance, open_volume
 
 __all__ = [
@@ -63,15 +57,9 @@ __all__ = [
     "plan",
     "repair",
     "status",
-    "train",
     "verify",
 ]
 
-LOSS_NAMES = {
-    "adjacent": "adjacent slices (Giannios et al., eq. 3)",
-    "clean": "squared distance from clean slices",
-    "blind-spot": "blind spots (Noise2Void, Krull et al. 2019)",
-}
 PAPER = Weights(path="", sha256="", units=4, channels=64)
 
 
@@ -252,59 +240,13 @@ def repair(
     return problems, run_planned(made, again, watch or RunWatch(), keys)
 
 
-def train(
-    source: Location,
-    weights: Location,
-    settings: TrainSettings | None = None,
-    level: int = 0,
-    on_step: OnStep | None = None,
-    clean: Location | None = None,
-) -> dict[str, Any]:
-    """Train a network on a noisy volume and write it to `weights`; returns its record.
-
-    The paper's loss needs no clean data; the loss "clean" takes them from a volume of the source's shape and dtype.
-
-    Raises InputError if the volume or the settings do not allow it, or `weights` exists or cannot be written; RunError
-    if training diverges.
-    """
-    settings = settings or TrainSettings()
-    choose_device(settings.device)
-    volume = open_volume(source, level)
-    _refuse_unwritable(weights)
-    started, losses = perf_counter(), []
-
-    def note(step: int, loss: float) -> None:
-        losses.append(loss)
-        if on_step is not None:
-            on_step(step, loss)
-
-    truth = None if clean is None else open_volume(clean, level)
-    network = fit(triplets(volume, settings, truth), settings, note)
-    tail = losses[-max(1, len(losses) // 10) :]
-    record = {
-        "loss": LOSS_NAMES[settings.loss],
-        "source": volume.url,
-        **({} if truth is None else {"clean": truth.url}),
-        "shape": list(volume.shape),
-        "dtype": volume.dtype,
-        "voxel_nm": volume.voxel_nm,
-        "settings": asdict(settings),
-        "mean_loss_of_last_tenth": sum(tail) / len(tail),
-        "seconds": round(perf_counter() - started, 1),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("nrrn-pipeline", "torch", "numpy")},
-    }
-    storage.write_file(absolute(weights), weights_bytes(network, record))
-    return record
-
-
 def import_weights(checkpoint: Location, weights: Location) -> NRRN:
     """Turn a checkpoint of the authors' tool (vEMden) into a weights file; no code in it is run.
 
     Raises InputError if it is no such checkpoint, or `weights` exists or cannot be written.
     """
     network = import_vemden(checkpoint)
-    _refuse_unwritable(weights)
+    storage.check_new_file(weights)
     record = {"imported from": str(checkpoint), "sha256 of that": weights_hash(checkpoint)}
     storage.write_file(absolute(weights), weights_bytes(network, record))
     return network
@@ -325,19 +267,6 @@ def _source_of(array_url: str, group_url: str) -> tuple[str, int]:
         level += 1
         opened = open_volume(group_url, level)
     return group_url, level
-
-
-def _refuse_unwritable(weights: Location) -> None:
-    url = absolute(weights)
-    folder = url.rpartition("/")[0]
-    try:
-        if storage.exists(url):
-            raise InputError(f"{weights} exists: choose another file, or delete it")
-        if "://" not in url and not os.path.isdir(folder):
-            raise InputError(f"{weights} cannot be written: its folder is missing; make it first")
-        storage.check_writable(folder)
-    except OSError as error:
-        raise InputError(f"{weights} cannot be written: {error.strerror or error}; choose another file") from error
 
 
 def _workers(plans: Sequence[DenoisePlan], options: Options) -> int:

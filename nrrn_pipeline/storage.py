@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, BinaryIO
 
-from nrrn_pipeline.errors import StorageError
-from nrrn_pipeline.places import can_list, files_of
+from nrrn_pipeline.errors import InputError, StorageError
+from nrrn_pipeline.places import absolute, can_list, files_of
 from nrrn_pipeline.retrying import retried
 
 _NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -266,6 +266,20 @@ def check_writable(url: str) -> None:
     """
     with probe(url):
         pass
+
+
+def check_new_file(location: str | os.PathLike[str]) -> None:
+    """Raises InputError if there is a file already, or none can be written there; leaves nothing behind."""
+    url = absolute(location)
+    folder = url.rpartition("/")[0]
+    try:
+        if exists(url):
+            raise InputError(f"{location} exists: choose another file, or delete it")
+        if "://" not in url and not os.path.isdir(folder):
+            raise InputError(f"{location} cannot be written: its folder is missing; make it first")
+        check_writable(folder)
+    except OSError as error:
+        raise InputError(f"{location} cannot be written: {error.strerror or error}; choose another file") from error
 
 
 @contextmanager

@@ -90,13 +90,20 @@ class Scale:
     filters: str = FILTERS
 
 
-FAST = TrainSettings(steps=500, batch=8, crop=48, learning_rate=2e-3, halve_every=125, seed=1)
+FAST = TrainSettings(steps=500, batch=8, crop=48, learning_rate=2e-3, halve_every=125, seed=1, loss="adjacent")
 SCALES = {
     "test": Scale(
         (1, 4), (3, 4), (1, 4), (1, 2), replace(FAST, steps=2, batch=2, crop=32), (3, 48, 48), "mean,nlm-avg"
     ),
     "small": Scale((2, 16), (6, 16), (2, 16), (1, 2, 3), FAST, (8, 250, 250)),
-    "full": Scale((4, 64), (20, 64), (4, 64), (1, 2, 3, 4, 5), TrainSettings(steps=20000), (32, 250, 250)),
+    "full": Scale(
+        (4, 64),
+        (20, 64),
+        (4, 64),
+        (1, 2, 3, 4, 5),
+        TrainSettings(steps=20000, loss="adjacent", halve_every=0),
+        (32, 250, 250),
+    ),
 }
 
 

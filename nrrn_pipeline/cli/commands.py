@@ -14,7 +14,8 @@ from nrrn_pipeline.checking import check
 from nrrn_pipeline.cli.batch import batch as many_volumes
 from nrrn_pipeline.cli.evaluate import evaluate as compare_methods
 from nrrn_pipeline.cli.ground_truth import ground_truth as average_scans
-from nrrn_pipeline.cli.noise import noise as add_noise
+from nrrn_pipeline.cli.noise import add_noise
+from nrrn_pipeline.cli.noise import noise as measure_noise
 from nrrn_pipeline.cli.options import (
     WHERE,
     WORDS,
@@ -37,7 +38,9 @@ from nrrn_pipeline.errors import GO_ON, readable
 from nrrn_pipeline.network import KINDS, architecture_of, bytes_hash, parse_header
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.slab import read_weights
-from nrrn_pipeline.training.fit import TrainSettings
+from nrrn_pipeline.training.fit import AUTO, LOSSES, TrainSettings
+from nrrn_pipeline.training.train import CHOSEN
+from nrrn_pipeline.training.train import train as train_weights
 from nrrn_pipeline.trial import rows_of, try_cluster
 from nrrn_pipeline.volume import get_provenance, open_volume
 
@@ -120,7 +123,8 @@ def plan(
 app.command("batch")(many_volumes)
 app.command("evaluate")(compare_methods)
 app.command("ground-truth")(average_scans)
-app.command("noise")(add_noise)
+app.command("add-noise")(add_noise)
+app.command("noise")(measure_noise)
 
 
 @app.command()
@@ -228,8 +232,8 @@ def train(
     network: Annotated[str, typer.Option(help=f"Kind of network: {', '.join(KINDS)}.")] = "nrrn",
     inputs: Annotated[str | None, typer.Option(help="Of a peer: single; channels (denoisenet) or mean (unet).")] = None,
     loss: Annotated[
-        str, typer.Option(help="adjacent (the paper's), blind-spot, or clean, which needs --clean.")
-    ] = "adjacent",
+        str, typer.Option(help=f"{', '.join(LOSSES)} (which needs --clean), or auto: what suits the volume's noise.")
+    ] = AUTO,
     clean: Annotated[str | None, typer.Option(metavar="REF", help="A clean volume of SRC's shape and dtype.")] = None,
     units: Annotated[int | None, typer.Option(help="Building units (4), layers (20) or poolings (4).")] = None,
     channels: Annotated[int, typer.Option(help="Feature maps.")] = 64,
@@ -237,15 +241,18 @@ def train(
     batch: Annotated[int, typer.Option(help="Crops an update.")] = 16,
     crop: Annotated[int, typer.Option(help="Side of a crop in voxels.")] = 256,
     learning_rate: Annotated[float, typer.Option(help="Adam's.")] = 1e-4,
-    halve_every: Annotated[int, typer.Option(help="Steps after which the rate is halved; 0: never.")] = 0,
+    halve_every: Annotated[
+        int | None,
+        typer.Option(help="Steps after which the rate is halved; 0: never (default: it falls along a cosine)."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of weights, crops and flips.")] = 0,
     level: LevelNumber = 0,
     device: Device = "auto",
     storage_options: StorageOptions = None,  # noqa: ARG001
 ) -> None:
-    """Train on SRC itself: no clean data is needed (the paper's loss on adjacent slices).
+    """Train on SRC itself: no clean data is needed.
 
-    Its peers, DenoiseNet and U-Net, are trained with --loss blind-spot, or on clean data.
+    Its noise is looked at first, to choose the loss. The paper's is adjacent, which asks for the slices around.
     """
     settings = TrainSettings(
         network=network,
@@ -268,9 +275,10 @@ def train(
             bar.start()
             bar.update(task, completed=step, speed=f"loss {loss:.4f}")
 
-        record = api.train(source, weights, settings, level, trained, clean)
+        record = train_weights(source, weights, settings, level, trained, clean)
     said = network_text(settings.architecture)
-    out.print(f"{weights}: {said}, mean loss of the last tenth {record['mean_loss_of_last_tenth']:.4f}")
+    why = f", as {record[CHOSEN]}" if CHOSEN in record else ""
+    out.print(f"{weights}: {said}, loss {record['settings']['loss']}{why}")
 
 
 @weights_app.command("import")

@@ -1,21 +1,67 @@
-"""nrrn noise: test data, from a volume that is clean enough to be a reference."""
+"""nrrn noise: how noisy a volume is. nrrn add-noise: test data, from a volume clean enough to be a reference."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
+import numpy as np
 import typer
 
-from nrrn_pipeline import api
-from nrrn_pipeline.cli.options import LAYOUT, WHERE, Output, Source, takes_options
-from nrrn_pipeline.cli.terminal import Watch, out, progress_bar
+from nrrn_pipeline import api, storage
+from nrrn_pipeline.cli.options import LAYOUT, WHERE, LevelNumber, Output, Source, StorageOptions, takes_options
+from nrrn_pipeline.cli.terminal import Watch, out, print_rows, progress_bar
 from nrrn_pipeline.cost import counted
-from nrrn_pipeline.errors import GO_ON
+from nrrn_pipeline.errors import GO_ON, InputError
+from nrrn_pipeline.network import Architecture
 from nrrn_pipeline.noise import Noise
+from nrrn_pipeline.places import absolute
+from nrrn_pipeline.report.figures import noise_curves
+from nrrn_pipeline.training.choosing import loss_for
+from nrrn_pipeline.volume import open_volume
+from nrrn_pipeline.volume_noise import VolumeNoise, measure_volume
+
+MOST_NAMED = 20  # outliers
+
+
+def noise(
+    source: Source,
+    level: LevelNumber = 0,
+    plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Noise by signal and by slice, drawn.")] = None,
+    storage_options: StorageOptions = None,  # noqa: ARG001
+) -> None:
+    """Measure the noise of SRC: how strong, on which signal, in which slices, and whether it is white.
+
+    Example: nrrn noise raw.zarr --plot noise.png
+    """
+    if plot is not None:
+        if not plot.lower().endswith(".png"):
+            raise InputError(f"--plot {plot!r} is no PNG file: give a name that ends with .png")
+        storage.check_new_file(plot)
+    found = measure_volume(open_volume(source, level))
+    print_rows(_rows(found))
+    if plot is not None:
+        storage.write_file(absolute(plot), noise_curves(found))
+
+
+def _rows(found: VolumeNoise) -> dict[str, str]:
+    curve, sigma = found.curve, np.array(found.sigma)
+    strong, model = sigma[sigma > 0], found.curve.model
+    loss, why = loss_for(found, Architecture.published("nrrn"))
+    named = ", ".join(f"{z} ({sigma[z]:.1f})" for z in found.outliers[:MOST_NAMED])
+    more = f" and {len(found.outliers) - MOST_NAMED} more" if len(found.outliers) > MOST_NAMED else ""
+    return {
+        "noise": f"{np.median(strong):.2f} grey levels, median of {counted(len(strong), 'slice')}",
+        "by signal": f"{curve.sigma[0]:.1f} at {curve.signal[0]:.0f}, {curve.sigma[-1]:.1f} at {curve.signal[-1]:.0f}; "
+        f"variance = {model.gain:.3g} x signal + {model.offset:.3g}",
+        "along z": " -> ".join(f"{np.median(part):.1f}" for part in np.array_split(strong, min(5, len(strong)))),
+        "unlike their neighbours": f"slices {named}{more}" if named else "no slices",
+        "successive slices": f"correlate by {found.neighbours:.2f}",
+        "loss to train with": f"{loss}: {why}",
+    }
 
 
 @takes_options(WHERE | LAYOUT | {"roi", "level", "overwrite"})
-def noise(
+def add_noise(
     source: Source,
     output: Output,
     options: api.Options,
@@ -27,7 +73,7 @@ def noise(
 ) -> None:
     """Add synthetic noise to SRC, to measure denoising where the truth is known.
 
-    Example: nrrn noise clean.zarr noisy.zarr --gaussian 30 --seed 1
+    Example: nrrn add-noise clean.zarr noisy.zarr --gaussian 30 --seed 1
     """
     with progress_bar(GO_ON) as bar:
         summary = api.add_noise(source, output, Noise(gaussian, poisson, seed), options, Watch(bar))

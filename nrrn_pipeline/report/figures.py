@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.report.page import INPUT, REFERENCE, Column, Row
+from nrrn_pipeline.volume_noise import VolumeNoise
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -133,6 +134,27 @@ def profile(profiles: Mapping[str, ArrayLike], step: float = 1.0, unit: str = "p
         figure.legend(axes.get_lines(), [_label(name) for name in lines], loc="outside right upper", frameon=False)
 
     return _png(draw, 3.0)
+
+
+def noise_curves(found: VolumeNoise) -> bytes:
+    """Standard deviation of the noise: by signal, with the model's curve, and along z, where outliers are circled."""
+    curve, sigma = found.curve, np.array(found.sigma)
+    sigma[sigma == 0] = np.nan  # blank slices
+
+    def draw(figure: Figure) -> None:
+        left, right = figure.subplots(1, 2, width_ratios=(2, 3), sharey=True)
+        signal = np.linspace(curve.signal[0], curve.signal[-1], 100)
+        left.plot(signal, curve.model.sigma(signal), color=BLACK, linewidth=1.0, label="model")
+        left.plot(curve.signal, curve.sigma, "o", color=COLOURS[0], markersize=3, label="measured")
+        left.legend(frameon=False)
+        left.set_xlabel("signal (grey levels)")
+        left.set_ylabel("noise (grey levels)")
+        left.set_ylim(0, 1.15 * float(np.nanmax([*curve.sigma, *sigma])))
+        right.plot(sigma, color=COLOURS[0], linewidth=1.0)
+        right.plot(found.outliers, sigma[list(found.outliers)], "o", color=COLOURS[1], fillstyle="none")
+        right.set_xlabel(f"slice; circled: {len(found.outliers)} unlike their neighbours")
+
+    return _png(draw, 2.6)
 
 
 def bars(rows: Sequence[Row], column: Column) -> bytes:

@@ -1,7 +1,7 @@
 """The training loop: batches of triplets in, a trained network out. Needs torch alone.
 
-The loss says what data training asks for: noisy volumes ("adjacent", the paper's; "blind-spot") or a clean one too
-("clean").
+The loss says what data training asks for: a noisy volume ("adjacent", the paper's; "blind-spot"), one whose noise is
+known ("recorrupted"), or a clean one too ("clean").
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,17 +17,23 @@ from torch import Tensor
 from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.network import KINDS, Architecture, DenoisingNetwork, choose_device, default_inputs
 from nrrn_pipeline.training.blind_spot import with_blind_spots
-from nrrn_pipeline.training.loss import adjacent_slices_loss, blind_spot_loss, clean_loss
+from nrrn_pipeline.training.loss import adjacent_slices_loss, blind_spot_loss, clean_loss, recorrupted
+
+GRADIENT = 1.0  # the longest that is taken as it is: a rare batch must not undo what many did
+WARM_UP = 20  # steps in which the learning rate rises, before it falls along a cosine
+
+AUTO = "auto"
 
 OnStep = Callable[[int, float], None]  # is told each step and its loss
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train; the defaults are the paper's, but for `steps` (it names none) and `halve_every` (vEMden's idea).
+    """How to train; units, channels, batch, crop, learning_rate and loss are the paper's unless told.
 
-    crop: side in voxels. learning_rate: Adam's, halved every `halve_every` steps (0: never). network, units, channels,
-    inputs: as of Architecture; None takes what was published for that kind of network. loss: a key of LOSSES.
+    crop: side in voxels. learning_rate: Adam's at its highest; it falls along a cosine, or by half every `halve_every`
+    steps (vEMden's way; 0: never, the paper's). network, units, channels, inputs: as of Architecture; None takes what
+    was published for that kind of network. loss: a key of LOSSES, or "auto", by the volume's noise.
     """
 
     units: int = None  # type: ignore[assignment]  # an int from __post_init__ on
@@ -35,12 +42,12 @@ class TrainSettings:
     batch: int = 16
     crop: int = 256
     learning_rate: float = 1e-4
-    halve_every: int = 0
+    halve_every: int | None = None
     seed: int = 0
     device: str = "auto"
     network: str = "nrrn"
     inputs: str | None = None
-    loss: str = "adjacent"
+    loss: str = AUTO
 
     def __post_init__(self) -> None:
         """Raises InputError for numbers that no network can be trained with."""
@@ -50,16 +57,16 @@ class TrainSettings:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)} is not possible: use 1 or more")
         for name in ("halve_every", "seed"):
-            if not 0 <= getattr(self, name) < 2**63:
+            if not 0 <= (getattr(self, name) or 0) < 2**63:
                 raise InputError(f"{name.replace('_', ' ')} {getattr(self, name)} is not possible: use 0 or more")
         if not 0 < self.learning_rate <= 1:
             raise InputError(f"learning rate {self.learning_rate} is not possible: use more than 0 and at most 1")
-        if self.loss not in LOSSES:
-            raise InputError(f"loss {self.loss!r} is unknown: use {' or '.join(LOSSES)}")
+        if self.loss not in (AUTO, *LOSSES):
+            raise InputError(f"loss {self.loss!r} is unknown: use {' or '.join((AUTO, *LOSSES))}")
         if self.architecture.kind != "nrrn" and self.loss == "adjacent":
             raise InputError(
-                f"loss adjacent is not possible for {self.network}, which has no branch for each neighbour: use clean "
-                "or blind-spot"
+                f"loss adjacent is not possible for {self.network}, which has no branch for each neighbour: use "
+                "recorrupted, blind-spot or clean"
             )
 
     @property
@@ -72,15 +79,18 @@ class TrainSettings:
 def fit(batches: Iterator[Tensor], settings: TrainSettings, on_step: OnStep) -> DenoisingNetwork:
     """A network trained on batches of normalised triplets; same seed and batches, same weights.
 
-    Batches are (n, 3, y, x), or, for loss clean, (n, 4, y, x): the triplet, then the clean centre slice, normalised as
-    the noisy one. Raises RunError if the loss is no finite number any more.
+    Batches are (n, 3, y, x); for loss clean (n, 4, y, x): the triplet, then the clean centre slice; for recorrupted the
+    triplet, then the standard deviation of the centre slice's noise, all normalised as that slice is. Raises RunError
+    if the loss is no finite number any more. ValueError for loss auto, which knows no batches.
     """
+    if settings.loss == AUTO:
+        raise ValueError("loss auto is for train(), which sees the volume: name one")
     device = choose_device(settings.device)
     torch.manual_seed(settings.seed)
     network = settings.architecture.build().to(device)
-    random = torch.Generator().manual_seed(settings.seed)  # on the CPU, so that every device hides the same pixels
+    random = torch.Generator().manual_seed(settings.seed)  # on the CPU, so that every device draws the same
     optimiser = torch.optim.Adam(network.parameters(), lr=settings.learning_rate, betas=(0.9, 0.999), eps=1e-8)
-    rate = torch.optim.lr_scheduler.StepLR(optimiser, settings.halve_every or settings.steps, gamma=0.5)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(_rate, settings))
     for step in range(1, settings.steps + 1):
         batch = next(batches).to(device)
         if len(batch) * math.prod(-(-length // network.architecture.grid) for length in batch.shape[2:]) < 2:
@@ -90,6 +100,7 @@ def fit(batches: Iterator[Tensor], settings: TrainSettings, on_step: OnStep) -> 
         loss = LOSSES[settings.loss](network, batch, random)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), GRADIENT)
         optimiser.step()
         rate.step()
         if not torch.isfinite(loss):
@@ -98,6 +109,13 @@ def fit(batches: Iterator[Tensor], settings: TrainSettings, on_step: OnStep) -> 
     if not all(torch.isfinite(tensor).all() for tensor in network.state_dict().values()):
         raise RunError("training failed at its last step: weights are not finite; use a lower --learning-rate")
     return network.eval().requires_grad_(False)
+
+
+def _rate(settings: TrainSettings, step: int) -> float:
+    """The share of the learning rate that a step takes, the first being 0."""
+    if settings.halve_every is None:
+        return min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / settings.steps)) / 2
+    return 0.5 ** (step // settings.halve_every) if settings.halve_every else 1.0
 
 
 def _adjacent(network: DenoisingNetwork, triplet: Tensor, _: torch.Generator) -> Tensor:
@@ -116,5 +134,17 @@ def _blind_spot(network: DenoisingNetwork, triplet: Tensor, random: torch.Genera
     return blind_spot_loss(network.estimate(blinded), triplet[:, 1:2], hidden)
 
 
+def _recorrupted(network: DenoisingNetwork, batch: Tensor, random: torch.Generator) -> Tensor:
+    before, centre, after, sigma = batch.split(1, dim=1)
+    noise = torch.randn(centre.shape, generator=random).to(centre.device) * sigma
+    seen, asked = recorrupted(centre, noise)
+    return clean_loss(network.estimate(torch.cat([before, seen, after], dim=1)), asked)
+
+
 Loss = Callable[[DenoisingNetwork, Tensor, torch.Generator], Tensor]
-LOSSES: dict[str, Loss] = {"adjacent": _adjacent, "clean": _clean, "blind-spot": _blind_spot}
+LOSSES: dict[str, Loss] = {
+    "adjacent": _adjacent,
+    "recorrupted": _recorrupted,
+    "blind-spot": _blind_spot,
+    "clean": _clean,
+}

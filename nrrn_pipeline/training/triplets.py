@@ -13,24 +13,30 @@ from torch import Tensor
 
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Span
+from nrrn_pipeline.noise_model import NoiseModel
 from nrrn_pipeline.run import measured
 from nrrn_pipeline.runners import run_serially
 from nrrn_pipeline.statistics import SliceStatistics, measure_box, merge_boxes, statistics_boxes
 from nrrn_pipeline.training.fit import TrainSettings
 from nrrn_pipeline.volume import Volume, read_box
+from nrrn_pipeline.volume_noise import noise_of
 
 SLICES = 128  # enough to train on; more would cost a pass over the whole volume for their statistics
 RUN = 16  # consecutive slices read together, or a chunk's depth if that is more
 
 
-def triplets(volume: Volume, settings: TrainSettings, clean: Volume | None = None) -> Iterator[Tensor]:
+def triplets(
+    volume: Volume, settings: TrainSettings, clean: Volume | None = None, noise: NoiseModel | None = None
+) -> Iterator[Tensor]:
     """Endless (n, 3, y, x) float32 batches: crops at random places, randomly flipped, each slice z-scored as a whole.
 
     Crops come from about 128 slices, in runs spread evenly over the volume. Seeded: same settings, same batches.
     With the `clean` volume, (n, 4, y, x): last the clean centre slice, by the noisy one's mean and standard deviation.
+    For loss recorrupted the standard deviation of the noise on the centre slice, divided by the slice's own, is last;
+    it is by the `noise` model, or measured here.
 
     Raises InputError if no three consecutive slices have an image on them, or a voxel is not a finite number; or the
-    clean volume does not fit the noisy one or the settings.
+    clean volume does not fit the noisy one or the settings; or there is no noise to be measured.
     """
     _refuse_unfit(volume, settings, clean)
     runs = training_runs(volume)
@@ -41,7 +47,11 @@ def triplets(volume: Volume, settings: TrainSettings, clean: Volume | None = Non
         raise InputError(
             f"{volume.url} has no three consecutive slices that are not blank in z={looked_at}: nothing can be learnt"
         )
-    return _stream(volume, settings, places, clean)
+    if settings.loss != "recorrupted":
+        noise = None
+    elif noise is None:
+        noise = noise_of(volume).model
+    return _stream(volume, settings, places, clean, noise)
 
 
 def training_runs(volume: Volume) -> list[Span]:
@@ -62,7 +72,7 @@ def training_runs(volume: Volume) -> list[Span]:
 def _refuse_unfit(volume: Volume, settings: TrainSettings, clean: Volume | None) -> None:
     if (clean is None) == (settings.loss == "clean"):
         raise InputError(
-            "loss clean needs the clean volume beside the noisy one: name it, or use loss blind-spot, or adjacent"
+            "loss clean needs the clean volume beside the noisy one: name it, or use loss recorrupted or blind-spot"
             if clean is None
             else f"loss {settings.loss} needs no clean volume: leave {clean.url} out, or use loss clean"
         )
@@ -86,7 +96,11 @@ def _centres(run: SliceStatistics) -> Iterator[int]:
 
 
 def _stream(
-    volume: Volume, settings: TrainSettings, places: list[tuple[SliceStatistics, int]], clean: Volume | None
+    volume: Volume,
+    settings: TrainSettings,
+    places: list[tuple[SliceStatistics, int]],
+    clean: Volume | None,
+    noise: NoiseModel | None,
 ) -> Iterator[Tensor]:
     rng = np.random.default_rng(settings.seed)
     height, width = (min(settings.crop, length) for length in volume.shape[1:])
@@ -98,11 +112,14 @@ def _stream(
             box = Box(Span(z - 1, z + 2), Span(y, y + height), Span(x, x + width))
             own = run.of(box.z)
             mean, std = (np.array(values, np.float32)[:, None, None] for values in (own.mean, own.std))
-            crop = (read_box(volume, box) - mean) / std
+            voxels = read_box(volume, box)
+            crop = [(voxels - mean) / std]
             if clean is not None:
-                crop = np.concatenate([crop, (_clean_slice(clean, z, box) - mean[1:2]) / std[1:2]])
+                crop.append((_clean_slice(clean, z, box) - mean[1:2]) / std[1:2])
+            if noise is not None:
+                crop.append(noise.sigma_in(voxels[1:2]) / std[1:2])
             flips = tuple(axis for axis in (1, 2) if rng.integers(2))
-            batch.append(np.flip(crop, flips))
+            batch.append(np.flip(np.concatenate(crop), flips))
         yield torch.from_numpy(np.stack(batch).astype(np.float32))
 
 

@@ -253,7 +253,7 @@ def test_what_cannot_be_compared_is_one_line(nrrn: Nrrn, tmp_path: Path, words: 
 
 def test_noise_is_made_by_the_pipeline_and_is_the_same_again(nrrn: Nrrn) -> None:
     words = (
-        "noise",
+        "add-noise",
         "clean.zarr",
         "made.zarr",
         "--gaussian",
@@ -274,9 +274,9 @@ def test_noise_is_made_by_the_pipeline_and_is_the_same_again(nrrn: Nrrn) -> None
     damaged.write_bytes(damaged.read_bytes()[:-9])
     assert "it is synthetic noise" in nrrn("repair", "made.zarr", *ALL).err
     for wrong in (("--gaussian", "1e39"), ("--poisson", "1e300"), ("--poisson", "1e-310"), ("--gaussian", "nan")):
-        said = nrrn("noise", "clean.zarr", "other.zarr", *wrong, *ALL)
+        said = nrrn("add-noise", "clean.zarr", "other.zarr", *wrong, *ALL)
         assert (said.status, "is not possible: use" in said.err) == (2, True), said.err
-    assert "no noise was asked for" in nrrn("noise", "clean.zarr", "other.zarr", *ALL).err
+    assert "no noise was asked for" in nrrn("add-noise", "clean.zarr", "other.zarr", *ALL).err
 
 
 def test_peers_are_trained_on_clean_slices_and_denoise(nrrn: Nrrn) -> None:

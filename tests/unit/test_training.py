@@ -13,20 +13,23 @@ import pytest
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
+from scipy.ndimage import uniform_filter
 from torch import Tensor
 
-from nrrn_pipeline import api, statistics
+from nrrn_pipeline import statistics, train
 from nrrn_pipeline.errors import InputError, RunError
-from nrrn_pipeline.geometry import Box, Span
+from nrrn_pipeline.geometry import Box, Span, box_of
 from nrrn_pipeline.network import NRRN, DenoisingNetwork, load_weights, read_header, weights_bytes
+from nrrn_pipeline.noise import Noise
+from nrrn_pipeline.noise_model import NoiseModel
 from nrrn_pipeline.training import triplets as streaming
 from nrrn_pipeline.training.fit import TrainSettings, fit
-from nrrn_pipeline.training.loss import adjacent_slices_loss, clean_loss
+from nrrn_pipeline.training.loss import adjacent_slices_loss, clean_loss, recorrupted
 from nrrn_pipeline.training.triplets import training_runs, triplets
 from nrrn_pipeline.volume import Volume, open_volume
 from tests.support import bare_zarr, image_like, tiny_network
 
-TINY = TrainSettings(units=1, channels=4, steps=4, batch=2, crop=8, learning_rate=1e-2, device="cpu")
+TINY = TrainSettings(units=1, channels=4, steps=4, batch=2, crop=8, learning_rate=1e-2, device="cpu", loss="adjacent")
 
 
 @pytest.fixture(autouse=True)
@@ -104,8 +107,12 @@ def test_clean_loss_is_the_mean_squared_error() -> None:
     assert clean_loss(torch.tensor([[[[1.0, 4.0]]]]), torch.tensor([[[[3.0, 4.0]]]])).item() == 2
 
 
-@pytest.mark.parametrize(("halve_every", "rates"), [(0, (1, 1, 1)), (1, (1, 0.5, 0.25)), (2, (1, 1, 0.5))])
-def test_fit_takes_adam_steps_down_equation_3(halve_every: int, rates: tuple[float, ...]) -> None:
+ALONG_A_COSINE = tuple((step + 1) / 20 * (1 + math.cos(math.pi * step / 3)) / 2 for step in range(3))
+RATES = [(0, (1, 1, 1)), (1, (1, 0.5, 0.25)), (2, (1, 1, 0.5)), (None, ALONG_A_COSINE)]
+
+
+@pytest.mark.parametrize(("halve_every", "rates"), RATES)
+def test_fit_takes_adam_steps_down_equation_3(halve_every: int | None, rates: tuple[float, ...]) -> None:
     batches = [batch_of(seed=step) for step in range(3)]
     torch.manual_seed(TINY.seed)
     expected = NRRN(1, 4)
@@ -117,6 +124,7 @@ def test_fit_takes_adam_steps_down_equation_3(halve_every: int, rates: tuple[flo
         optimiser.param_groups[0]["lr"] = 1e-3 * rate
         optimiser.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(expected.parameters(), 1)
         optimiser.step()
     settings = replace(TINY, steps=3, learning_rate=1e-3, halve_every=halve_every)
     found = fit(iter(batches), settings, unwatched)
@@ -162,27 +170,31 @@ def wavy(n: int, size: int, random: torch.Generator) -> Tensor:
     return torch.sin(y + phase[0]) + torch.cos(x + phase[1])
 
 
-def noisy_batches(with_clean: bool, seed: int = 0) -> Iterator[Tensor]:
-    """Batches of three noisy images of one scene, noise of standard deviation 1; with the scene behind them."""
+def noisy_batches(loss: str, seed: int = 0) -> Iterator[Tensor]:
+    """Batches of three noisy images of one scene, noise of standard deviation 1; behind them what the loss needs."""
     random = torch.Generator().manual_seed(seed)
     while True:
         clean = wavy(4, 24, random)
         noisy = clean + torch.randn(4, 3, 24, 24, generator=random)
-        yield torch.cat([noisy, clean], 1) if with_clean else noisy
+        behind = {"clean": [clean], "recorrupted": [torch.ones_like(clean)]}
+        yield torch.cat([noisy, *behind.get(loss, [])], 1)
 
 
 TRAINED = [
     ("nrrn", None, 1, "clean"),
     ("nrrn", None, 1, "blind-spot"),
     ("nrrn", None, 1, "adjacent"),
+    ("nrrn", None, 1, "recorrupted"),
     ("denoisenet", "channels", 4, "clean"),
     ("denoisenet", "single", 4, "clean"),
     ("denoisenet", "channels", 4, "blind-spot"),
     ("denoisenet", "single", 4, "blind-spot"),
+    ("denoisenet", "channels", 4, "recorrupted"),
     ("unet", "mean", 1, "clean"),
     ("unet", "single", 2, "clean"),
     ("unet", "mean", 2, "blind-spot"),
     ("unet", "single", 1, "blind-spot"),
+    ("unet", "single", 1, "recorrupted"),
 ]
 
 
@@ -190,8 +202,8 @@ TRAINED = [
 def test_every_network_learns_to_denoise_by_every_loss(network: str, inputs: str | None, units: int, loss: str) -> None:
     settings = replace(TINY, network=network, inputs=inputs, units=units, loss=loss, steps=80)
     losses: list[float] = []
-    fitted = fit(noisy_batches(loss == "clean"), settings, lambda step, value: losses.append(value))
-    unseen = next(noisy_batches(with_clean=True, seed=9))
+    fitted = fit(noisy_batches(loss), settings, lambda step, value: losses.append(value))
+    unseen = next(noisy_batches("clean", seed=9))
     triplet, clean = unseen.split([3, 1], dim=1)
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:5])
     given = triplet.mean(1, keepdim=True) if inputs == "mean" else triplet[:, 1:2]
@@ -205,7 +217,7 @@ def test_the_same_seed_and_batches_give_the_same_weights(
     settings = replace(TINY, network=network, inputs=inputs, units=units, loss=loss)
 
     def bits(seed: int) -> bytes:
-        return weights_bytes(fit(noisy_batches(loss == "clean"), replace(settings, seed=seed), unwatched), {})
+        return weights_bytes(fit(noisy_batches(loss), replace(settings, seed=seed), unwatched), {})
 
     assert bits(0) == bits(0)
     assert bits(0) != bits(1)
@@ -214,7 +226,7 @@ def test_the_same_seed_and_batches_give_the_same_weights(
 @pytest.mark.parametrize("loss", ["clean", "blind-spot"])
 def test_a_fitted_peer_is_ready_to_infer(loss: str) -> None:
     settings = replace(TINY, network="unet", loss=loss)
-    fitted = fit(noisy_batches(loss == "clean"), settings, unwatched)
+    fitted = fit(noisy_batches(loss), settings, unwatched)
     assert fitted.architecture == settings.architecture
     assert not any(module.training for module in fitted.modules())
     assert not any(parameter.requires_grad for parameter in fitted.parameters())
@@ -231,8 +243,11 @@ def test_a_network_sees_more_than_one_slice_unless_told(network: str, seen: str)
     ("changes", "words"),
     [
         ({"network": "resnet"}, "network 'resnet' is unknown: use nrrn or denoisenet or unet"),
-        ({"loss": "perceptual"}, "loss 'perceptual' is unknown: use adjacent or clean or blind-spot"),
-        ({"network": "unet"}, "loss adjacent is not possible for unet.*use clean or blind-spot"),
+        (
+            {"loss": "perceptual"},
+            "loss 'perceptual' is unknown: use auto or adjacent or recorrupted or blind-spot or clean",
+        ),
+        ({"network": "unet"}, "loss adjacent is not possible for unet.*use recorrupted, blind-spot or clean"),
         ({"network": "denoisenet", "units": 4}, "loss adjacent is not possible for denoisenet"),
         ({"network": "denoisenet", "units": 1, "loss": "clean"}, "units 1 is not possible for denoisenet"),
         ({"network": "unet", "inputs": "channels", "loss": "clean"}, "inputs 'channels' is not possible for unet"),
@@ -360,9 +375,46 @@ def test_a_clean_volume_and_the_loss_that_needs_it_go_together(tmp_path: Path) -
     volume = stored(tmp_path, image_like((6, 20, 22)))
     with pytest.raises(InputError, match="loss clean needs the clean volume"):
         triplets(volume, replace(TINY, loss="clean"))
-    for loss in ("adjacent", "blind-spot"):
+    for loss in ("adjacent", "blind-spot", "recorrupted"):
         with pytest.raises(InputError, match=f"loss {loss} needs no clean volume"):
             triplets(volume, replace(TINY, loss=loss), volume)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_behind_a_triplet_to_be_recorrupted_is_its_noise(tmp_path: Path, dtype: str) -> None:
+    voxels = (40 + image_like((6, 20, 22), "uint8") / 2).astype(dtype)
+    settings = replace(TINY, loss="recorrupted", batch=8, crop=12)
+    counting = NoiseModel(gain=2.0, offset=9.0, least=1.0)
+    exact = voxels.astype(np.float64)
+    for crop in next(triplets(stored(tmp_path, voxels), settings, noise=counting)):
+        z, y, x, flips = places_of(crop[:3], voxels)[0]
+        signal = uniform_filter(exact[z, y : y + 12, x : x + 12], 7)
+        expected = np.flip(np.sqrt(2 * signal + 9), [axis - 1 for axis in flips]) / exact[z].std()
+        np.testing.assert_allclose(crop[3].numpy(), expected, rtol=1e-4)
+
+
+def test_noise_that_is_not_given_is_measured(tmp_path: Path) -> None:
+    noisy = Noise(sigma=15, seed=1).added(np.full((4, 96, 96), 120, np.uint8), box_of((4, 96, 96)))
+    volume = stored(tmp_path, noisy)
+    batch = next(triplets(volume, replace(TINY, loss="recorrupted")))
+    np.testing.assert_allclose(batch[:, 3] * noisy.std(), 15, rtol=0.1)
+    with pytest.raises(InputError, match=r"flat\.zarr: no noise can be measured"):
+        triplets(clean_beside(tmp_path, striped(), "flat.zarr"), replace(TINY, loss="recorrupted"))
+
+
+def striped() -> NDArray[Any]:
+    return np.broadcast_to(np.arange(96, dtype=np.uint8), (4, 96, 96))
+
+
+def test_training_on_what_is_recorrupted_is_training_on_clean_slices() -> None:
+    noise = torch.Generator().manual_seed(0)
+    clean = wavy(64, 64, noise)
+    noisy = clean + torch.randn(clean.shape, generator=noise)
+    seen, asked = recorrupted(noisy, torch.randn(clean.shape, generator=noise))
+    left, right = seen - clean, asked - clean  # the noise of each
+    assert left.std() == pytest.approx(1.25**0.5, rel=0.01)
+    assert right.std() == pytest.approx(5**0.5, rel=0.01)
+    assert (left * right).mean().abs() < 0.02  # independent
 
 
 def test_a_clean_volume_with_voxels_that_are_no_numbers_is_refused(tmp_path: Path) -> None:
@@ -481,7 +533,7 @@ def source(tmp_path: Path) -> Path:
 def test_train_writes_the_weights_and_their_record(source: Path, tmp_path: Path) -> None:
     losses: list[float] = []
     target = tmp_path / "a.safetensors"
-    record = api.train(source, target, TINY, on_step=lambda step, loss: losses.append(loss))
+    record = train(source, target, TINY, on_step=lambda step, loss: losses.append(loss))
     assert read_header(target)["training"] == json.loads(json.dumps(record))
     assert record["source"] == str(source.resolve())
     assert record["shape"] == [6, 16, 16]
@@ -498,39 +550,49 @@ def test_train_refuses_an_existing_target_before_it_reads_voxels(source: Path, t
     target = tmp_path / "a.safetensors"
     target.write_bytes(b"precious")
     with pytest.raises(InputError, match=r"a\.safetensors exists: choose another file"):
-        api.train(source, target, TINY)
+        train(source, target, TINY)
     assert target.read_bytes() == b"precious"
 
 
 @pytest.mark.usefixtures("unread")
 def test_train_refuses_a_missing_folder_before_it_reads_voxels(source: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="its folder is missing"):
-        api.train(source, tmp_path / "missing" / "a.safetensors", TINY)
+        train(source, tmp_path / "missing" / "a.safetensors", TINY)
     assert not (tmp_path / "missing").exists()
 
 
 @pytest.mark.usefixtures("unread")
 def test_train_refuses_an_unknown_device_before_it_reads_voxels(source: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="device 'tpu' is unknown"):
-        api.train(source, tmp_path / "a.safetensors", replace(TINY, device="tpu"))
+        train(source, tmp_path / "a.safetensors", replace(TINY, device="tpu"))
 
 
 def test_train_refuses_a_missing_source_and_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="there is nothing there"):
-        api.train(tmp_path / "absent.zarr", tmp_path / "a.safetensors", TINY)
+        train(tmp_path / "absent.zarr", tmp_path / "a.safetensors", TINY)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_noise_that_was_trained_with_is_in_the_record(tmp_path: Path) -> None:
+    noisy = Noise(sigma=15, seed=1).added(np.full((4, 96, 96), 120, np.uint8), box_of((4, 96, 96)))
+    source = bare_zarr(tmp_path / "source.zarr", noisy)
+    record = train(source, tmp_path / "a.safetensors", replace(TINY, loss="recorrupted"))
+    written = json.loads(json.dumps(record))
+    assert read_header(tmp_path / "a.safetensors")["training"] == written
+    assert written["loss"].startswith("recorrupted")
+    np.testing.assert_allclose(written["noise"]["sigma"], 15, rtol=0.1)
 
 
 def test_training_that_fails_writes_no_weights(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nrrn_pipeline.training.fit.adjacent_slices_loss", lambda a, b, t: math.nan * (a + b + t).sum())
     with pytest.raises(RunError, match="training failed at step 1: the loss is nan"):
-        api.train(source, tmp_path / "a.safetensors", replace(TINY, steps=20))
+        train(source, tmp_path / "a.safetensors", replace(TINY, steps=20))
     assert list(tmp_path.iterdir()) == [source]
 
 
 def test_trained_weights_beat_the_untrained_on_the_loss(source: Path, tmp_path: Path) -> None:
     settings = replace(TINY, steps=40, batch=4)
-    api.train(source, tmp_path / "a.safetensors", settings)
+    train(source, tmp_path / "a.safetensors", settings)
     batch = next(triplets(open_volume(source), replace(settings, seed=9, batch=16)))
     before, centre, after = batch.split(1, dim=1)
 

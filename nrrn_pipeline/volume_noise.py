@@ -1,0 +1,129 @@
+"""The noise of a volume, measured on parts of it: by its signal, slice by slice, and whether it is white."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.geometry import Box, Span
+from nrrn_pipeline.noise_model import NoiseCurve, fineness, measure_curve, slice_sigma
+from nrrn_pipeline.volume import Volume, read_box
+
+CROP = (3, 256, 256)  # voxels along z, y, x
+DEPTHS, PLACES = 4, (0.25, 0.75)  # as many crops along z, and where they lie along y and x
+
+AROUND = 15  # slices on either side, of whose noise the median is what to expect of a slice
+OUTLYING = 1.3  # times more, or less, than expected
+WHITE = 0.75  # the least fineness of noise that is taken for white
+
+Crops = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class VolumeNoise:
+    """What is known of a volume's noise without a clean copy.
+
+    curve: by signal. sigma: of each slice (z), in grey levels, 0 if it is blank. outliers: slices whose noise is not
+    what slices around have. fineness: along y and x, median over slices; 1 for white noise (noise_model.fineness).
+    neighbours: mean correlation of successive slices, 1 if they are equal.
+    """
+
+    curve: NoiseCurve
+    sigma: tuple[float, ...]
+    outliers: tuple[int, ...]
+    fineness: tuple[float, float]
+    neighbours: float
+
+    @property
+    def white(self) -> bool:
+        """Whether no voxel's noise tells of another's, as far as can be seen."""
+        return min(self.fineness) >= WHITE
+
+
+def measure_volume(volume: Volume) -> VolumeNoise:
+    """The noise of a volume: by signal where noise_of measures it, by slice in the middle of each slice.
+
+    Reads 256 x 256 voxels of every slice. Raises InputError as noise_of does, or if no two slices follow each other.
+    """
+    curve = noise_of(volume)
+    sigma, shapes, likeness = [], [], []
+    before = None
+    for plane in _middles(volume):
+        blank = plane.min() == plane.max()
+        sigma.append(0.0 if blank else slice_sigma(plane))
+        if not blank:
+            shapes.append(fineness(plane))
+            if before is not None:
+                likeness.append(float(np.corrcoef(before.ravel(), plane.ravel())[0, 1]))
+        before = None if blank else plane
+    if not likeness:
+        raise InputError(f"{volume.url} has no two successive slices that are not blank: nothing can be said of it")
+    y, x = np.median(shapes, axis=0)
+    return VolumeNoise(curve, tuple(sigma), outliers(sigma), (float(y), float(x)), float(np.mean(likeness)))
+
+
+def outliers(sigma: list[float]) -> tuple[int, ...]:
+    """Slices with OUTLYING times more or less noise than the median of those around; blank ones (0) do not count."""
+    found = []
+    for z, own in enumerate(sigma):
+        around = [each for each in sigma[max(0, z - AROUND) : z + AROUND + 1] if each > 0]
+        if own > 0 and not 1 / OUTLYING <= own / float(np.median(around)) <= OUTLYING:
+            found.append(z)
+    return tuple(found)
+
+
+def noise_of(volume: Volume) -> NoiseCurve:
+    """The noise of the whole volume by its signal, in grey levels.
+
+    Raises InputError if the volume is blank there, holds NaN or infinite voxels, or has no noise to be measured.
+    """
+    crops = noise_samples(volume)
+    try:
+        return measure_curve([*crops.reshape(-1, *crops.shape[-2:])])
+    except InputError as error:
+        raise InputError(f"{volume.url}: {error}") from error
+
+
+def noise_samples(volume: Volume) -> Crops:
+    """(depth, place, 3, y, x) voxels in grey levels, without depths at which a slice is blank.
+
+    Where the volume has fewer than 3 slices, one stands for its neighbours. Raises InputError if it is blank at all
+    depths, or holds NaN or infinite voxels there.
+    """
+    found = np.stack([*_crops(volume)])
+    if not np.isfinite(found).all():
+        raise InputError(f"{volume.url} holds NaN or infinite voxels: replace them (with 0, say) before denoising")
+    there: Crops = found[found.std(axis=(1, 3, 4)).min(axis=1) > 0]
+    if not len(there):
+        raise InputError(f"{volume.url} is blank where its noise is measured: its strength cannot be known")
+    return there
+
+
+def _crops(volume: Volume) -> Iterator[Crops]:
+    """(place, 3, y, x) voxels at each depth."""
+    sizes = [min(size, length) for size, length in zip(CROP, volume.shape, strict=True)]
+    room = [length - size for size, length in zip(sizes, volume.shape, strict=True)]
+    corners = sorted({(round(a * room[1]), round(b * room[2])) for a in PLACES for b in PLACES})
+    for z in sorted({round(along * room[0]) for along in np.linspace(0, 1, DEPTHS)}):
+        crops = []
+        for y, x in corners:
+            spans = (Span(start, start + size) for start, size in zip((z, y, x), sizes, strict=True))
+            crops.append(read_box(volume, Box(*spans)).astype(np.float64))
+        crop = np.stack(crops)
+        yield crop if sizes[0] == CROP[0] else crop[:, [-1, 0, -1]]  # what is missing, the other neighbour replaces
+
+
+def _middles(volume: Volume) -> Iterator[Crops]:
+    """The middle of every slice, in order; whole chunks deep at a time."""
+    y, x = (
+        Span((length - side) // 2, (length + side) // 2)
+        for length, side in zip(volume.shape[1:], np.minimum(CROP[1:], volume.shape[1:]).tolist(), strict=True)
+    )
+    edges = [*range(0, volume.shape[0], volume.chunk[0]), volume.shape[0]]
+    for start, stop in pairwise(edges):
+        yield from read_box(volume, Box(Span(start, stop), y, x)).astype(np.float64)
