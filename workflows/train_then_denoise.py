@@ -24,7 +24,7 @@ def main(source: str, folder: str, settings: TrainSettings = SETTINGS, options: 
     weights = place / "weights.safetensors"
     if not weights.exists():
         record = train(source, weights, settings)
-        print(f"trained for {record['seconds']} s, loss {record['mean_loss_of_last_tenth']:.4f}", flush=True)
+        print(f"trained for {record['seconds']} s: {record['loss']}", flush=True)
     z, y, x = open_volume(source).shape
     middle = Box.parse(f"{z // 2}:{min(z // 2 + 8, z)},0:{min(y, 512)},0:{min(x, 512)}")
     denoise(source, place / "trial.zarr", weights, replace(options, roi=middle))

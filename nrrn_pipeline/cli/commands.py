@@ -268,7 +268,7 @@ def train(
         seed=seed,
         device=device,
     )
-    with progress_bar("no weights are written") as bar:
+    with progress_bar("run the same command again to go on from the last checkpoint, of every five minutes") as bar:
         task = bar.add_task("training", total=steps, speed="")
 
         def trained(step: int, loss: float) -> None:

@@ -1,4 +1,4 @@
-"""The training loop: batches of triplets in, a trained network out. Needs torch alone.
+"""The training loop: batches of triplets in, a trained network out. Needs torch and NumPy alone.
 
 The loss says what data training asks for: a noisy volume ("adjacent", the paper's; "blind-spot"), one whose noise is
 known ("recorrupted"), or a clean one too ("clean").
@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +23,7 @@ GRADIENT = 1.0  # the longest that is taken as it is: a rare batch must not undo
 WARM_UP = 20  # steps in which the learning rate rises, before it falls along a cosine
 
 AUTO = "auto"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of each weight
 
 OnStep = Callable[[int, float], None]  # is told each step and its loss
 
@@ -34,6 +35,7 @@ class TrainSettings:
     crop: side in voxels. learning_rate: Adam's at its highest; it falls along a cosine, or by half every `halve_every`
     steps (vEMden's way; 0: never, the paper's). network, units, channels, inputs: as of Architecture; None takes what
     was published for that kind of network. loss: a key of LOSSES, or "auto", by the volume's noise.
+    checkpoint_s: seconds between two checkpoints.
     """
 
     units: int = None  # type: ignore[assignment]  # an int from __post_init__ on
@@ -48,6 +50,7 @@ class TrainSettings:
     network: str = "nrrn"
     inputs: str | None = None
     loss: str = AUTO
+    checkpoint_s: float = 300.0
 
     def __post_init__(self) -> None:
         """Raises InputError for numbers that no network can be trained with."""
@@ -76,39 +79,80 @@ class TrainSettings:
         return Architecture(self.network, self.units, self.channels, inputs)
 
 
-def fit(batches: Iterator[Tensor], settings: TrainSettings, on_step: OnStep) -> DenoisingNetwork:
-    """A network trained on batches of normalised triplets; same seed and batches, same weights.
+class Training:
+    """A network in training. A step depends on the settings, its batch and its number alone: so one can go on later."""
 
-    Batches are (n, 3, y, x); for loss clean (n, 4, y, x): the triplet, then the clean centre slice; for recorrupted the
-    triplet, then the standard deviation of the centre slice's noise, all normalised as that slice is. Raises RunError
-    if the loss is no finite number any more. ValueError for loss auto, which knows no batches.
-    """
-    if settings.loss == AUTO:
-        raise ValueError("loss auto is for train(), which sees the volume: name one")
-    device = choose_device(settings.device)
-    torch.manual_seed(settings.seed)
-    network = settings.architecture.build().to(device)
-    random = torch.Generator().manual_seed(settings.seed)  # on the CPU, so that every device draws the same
-    optimiser = torch.optim.Adam(network.parameters(), lr=settings.learning_rate, betas=(0.9, 0.999), eps=1e-8)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(_rate, settings))
-    for step in range(1, settings.steps + 1):
-        batch = next(batches).to(device)
-        if len(batch) * math.prod(-(-length // network.architecture.grid) for length in batch.shape[2:]) < 2:
+    def __init__(self, settings: TrainSettings) -> None:
+        """Raises InputError if the device is not there, ValueError for loss auto, which knows no batches."""
+        if settings.loss == AUTO:
+            raise ValueError("loss auto is for train(), which sees the volume: name one")
+        self.settings, self.taken, self.device = settings, 0, choose_device(settings.device)
+        torch.manual_seed(settings.seed)
+        self.network = settings.architecture.build().to(self.device)
+        self.optimiser = torch.optim.Adam(self.network.parameters(), betas=(0.9, 0.999), eps=1e-8)
+
+    def take(self, batch: Tensor) -> float:
+        """One step down the loss on a batch of normalised triplets; that loss.
+
+        Batches are (n, 3, y, x); for loss clean (n, 4, y, x): the triplet, then the clean centre slice; for recorrupted
+        the triplet, then the standard deviation of the centre slice's noise, all normalised as that slice is. Raises
+        InputError for crops that are too small, RunError if the loss is no finite number any more.
+        """
+        pixels = math.prod(-(-length // self.network.architecture.grid) for length in batch.shape[2:])
+        if len(batch) * pixels < 2:
             raise InputError(
-                f"one crop of {batch.shape[2:]} is too small for {network.architecture}: use more, or larger"
+                f"one crop of {batch.shape[2:]} is too small for {self.network.architecture}: use more, or larger"
             )
-        loss = LOSSES[settings.loss](network, batch, random)
-        optimiser.zero_grad(set_to_none=True)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.settings.learning_rate * _rate(self.settings, self.taken)
+        loss = LOSSES[self.settings.loss](self.network, batch.to(self.device), _random(self.settings, self.taken))
+        self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), GRADIENT)
-        optimiser.step()
-        rate.step()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT)
+        self.optimiser.step()
+        self.taken += 1
         if not torch.isfinite(loss):
-            raise RunError(f"training failed at step {step}: the loss is {loss.item()}; use a lower --learning-rate")
-        on_step(step, loss.item())
-    if not all(torch.isfinite(tensor).all() for tensor in network.state_dict().values()):
-        raise RunError("training failed at its last step: weights are not finite; use a lower --learning-rate")
-    return network.eval().requires_grad_(False)
+            raise RunError(
+                f"training failed at step {self.taken}: the loss is {loss.item()}; use a lower --learning-rate"
+            )
+        return loss.item()
+
+    def state(self) -> dict[str, Tensor]:
+        """After a step or more, all that the next one depends on, beside the settings and `taken`."""
+        tensors = {f"network.{name}": tensor for name, tensor in self.network.state_dict().items()}
+        for name, parameter in self.network.named_parameters():
+            tensors |= {f"{moment}.{name}": self.optimiser.state[parameter][moment] for moment in MOMENTS}
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def restore(self, taken: int, state: dict[str, Tensor]) -> None:
+        """Go on where another one with the same settings was. Raises LookupError or RuntimeError for another state."""
+        own = self.network.state_dict()
+        self.network.load_state_dict({name: state[f"network.{name}"] for name in own})
+        for name, parameter in self.network.named_parameters():
+            moments = {moment: state[f"{moment}.{name}"].to(self.device) for moment in MOMENTS}
+            self.optimiser.state[parameter] = {"step": torch.tensor(float(taken)), **moments}
+        self.taken = taken
+
+    def finished(self) -> DenoisingNetwork:
+        """The network, ready to infer. Raises RunError if its weights are not finite numbers."""
+        if not all(torch.isfinite(tensor).all() for tensor in self.network.state_dict().values()):
+            raise RunError("training failed at its last step: weights are not finite; use a lower --learning-rate")
+        return self.network.eval().requires_grad_(False)
+
+
+def fit(batches: Iterator[Tensor], settings: TrainSettings, on_step: OnStep) -> DenoisingNetwork:
+    """A network trained on `batches`, as Training.take takes and raises; same settings and batches, same weights."""
+    training = Training(settings)
+    while training.taken < settings.steps:
+        loss = training.take(next(batches))
+        on_step(training.taken, loss)
+    return training.finished()
+
+
+def _random(settings: TrainSettings, step: int) -> torch.Generator:
+    """Of one step alone, and on the CPU, so that every device draws the same."""
+    mixed = np.random.SeedSequence((settings.seed, step)).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
 
 
 def _rate(settings: TrainSettings, step: int) -> float:

@@ -10,11 +10,13 @@ from time import perf_counter
 from typing import Any
 
 from nrrn_pipeline import storage
+from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.network import choose_device, weights_bytes
 from nrrn_pipeline.noise_model import NoiseCurve
 from nrrn_pipeline.places import absolute
+from nrrn_pipeline.training.checkpoint import Checkpoint
 from nrrn_pipeline.training.choosing import loss_for
-from nrrn_pipeline.training.fit import AUTO, OnStep, TrainSettings, fit
+from nrrn_pipeline.training.fit import AUTO, OnStep, Training, TrainSettings
 from nrrn_pipeline.training.triplets import triplets
 from nrrn_pipeline.volume import Volume, open_volume
 from nrrn_pipeline.volume_noise import measure_volume, noise_of
@@ -40,6 +42,9 @@ def train(
 ) -> dict[str, Any]:
     """Train a network on a noisy volume and write it to `weights`; returns its record.
 
+    Beside it a checkpoint is kept meanwhile: called again after any interruption, training goes on there, and its
+    weights are those of one that was never interrupted (on the same device).
+
     Clean data are for the loss "clean" alone: a volume of the source's shape and dtype. The loss "auto" is "clean" if
     there is one, else it depends on the volume's noise; the record says what was chosen, and why.
 
@@ -50,16 +55,24 @@ def train(
     choose_device(settings.device)
     volume = open_volume(source, level)
     storage.check_new_file(weights)
-    started, losses = perf_counter(), []
-
-    def note(step: int, loss: float) -> None:
-        losses.append(loss)
-        if on_step is not None:
-            on_step(step, loss)
-
     truth = None if clean is None else open_volume(clean, level)
     settings, noise, why = _settled(settings, volume, truth)
-    network = fit(triplets(volume, settings, truth, noise.model if noise else None), settings, note)
+    asked = {name: value for name, value in asdict(settings).items() if name not in ("device", "checkpoint_s")}
+    asked |= {"source": volume.url, "source shape": list(volume.shape), "clean": truth and truth.url}
+    checkpoint = Checkpoint(f"{absolute(weights)}.checkpoint", asked)
+    training = Training(settings)
+    losses, before_s = checkpoint.restore(training)
+    started = perf_counter()
+    batches = triplets(volume, settings, truth, noise.model if noise else None, training.taken)
+    written = started
+    while training.taken < settings.steps:
+        losses.append(training.take(next(batches)))
+        if on_step is not None:
+            on_step(training.taken, losses[-1])
+        if perf_counter() - written >= settings.checkpoint_s:
+            checkpoint.write(training, losses, before_s + perf_counter() - started)
+            written = perf_counter()
+    network = training.finished()
     tail = losses[-max(1, len(losses) // 10) :]
     known = {CHOSEN: why, "clean": truth and truth.url, "noise": noise and asdict(noise)}
     record = {
@@ -71,11 +84,12 @@ def train(
         "voxel_nm": volume.voxel_nm,
         "settings": asdict(settings),
         "mean_loss_of_last_tenth": sum(tail) / len(tail),
-        "seconds": round(perf_counter() - started, 1),
+        "seconds": round(before_s + perf_counter() - started, 1),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("nrrn-pipeline", "torch", "numpy")},
     }
     storage.write_file(absolute(weights), weights_bytes(network, record))
+    checkpoint.remove()
     return record
 
 
@@ -87,6 +101,9 @@ def _settled(
         return settings, noise_of(volume) if settings.loss == "recorrupted" else None, None
     if clean is not None:
         return replace(settings, loss="clean"), None, "there are clean slices"
-    found = measure_volume(volume)
+    try:
+        found = measure_volume(volume)
+    except InputError as error:
+        raise InputError(f"the volume's noise cannot choose a loss: {error}; or name the loss yourself") from error
     loss, why = loss_for(found, settings.architecture)
     return replace(settings, loss=loss), found.curve, why

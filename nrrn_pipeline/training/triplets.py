@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -26,11 +27,16 @@ RUN = 16  # consecutive slices read together, or a chunk's depth if that is more
 
 
 def triplets(
-    volume: Volume, settings: TrainSettings, clean: Volume | None = None, noise: NoiseModel | None = None
+    volume: Volume,
+    settings: TrainSettings,
+    clean: Volume | None = None,
+    noise: NoiseModel | None = None,
+    first: int = 0,
 ) -> Iterator[Tensor]:
     """Endless (n, 3, y, x) float32 batches: crops at random places, randomly flipped, each slice z-scored as a whole.
 
-    Crops come from about 128 slices, in runs spread evenly over the volume. Seeded: same settings, same batches.
+    Crops come from about 128 slices, in runs spread evenly over the volume. Seeded: same settings, same batches;
+    `first` is the number of the one to begin with.
     With the `clean` volume, (n, 4, y, x): last the clean centre slice, by the noisy one's mean and standard deviation.
     For loss recorrupted the standard deviation of the noise on the centre slice, divided by the slice's own, is last;
     it is by the `noise` model, or measured here.
@@ -51,7 +57,7 @@ def triplets(
         noise = None
     elif noise is None:
         noise = noise_of(volume).model
-    return _stream(volume, settings, places, clean, noise)
+    return (_batch(step, volume, settings, places, (clean, noise)) for step in count(first))
 
 
 def training_runs(volume: Volume) -> list[Span]:
@@ -95,32 +101,33 @@ def _centres(run: SliceStatistics) -> Iterator[int]:
             yield run.first_z + i
 
 
-def _stream(
+def _batch(
+    step: int,
     volume: Volume,
     settings: TrainSettings,
     places: list[tuple[SliceStatistics, int]],
-    clean: Volume | None,
-    noise: NoiseModel | None,
-) -> Iterator[Tensor]:
-    rng = np.random.default_rng(settings.seed)
+    beside: tuple[Volume | None, NoiseModel | None],
+) -> Tensor:
+    """The batch of one step, whatever was drawn before; `beside`: the clean volume, the noise."""
+    rng = np.random.default_rng((settings.seed, step))
     height, width = (min(settings.crop, length) for length in volume.shape[1:])
-    while True:
-        batch = []
-        for _ in range(settings.batch):
-            run, z = places[rng.integers(len(places))]
-            y, x = (int(rng.integers(n - m + 1)) for n, m in zip(volume.shape[1:], (height, width), strict=True))
-            box = Box(Span(z - 1, z + 2), Span(y, y + height), Span(x, x + width))
-            own = run.of(box.z)
-            mean, std = (np.array(values, np.float32)[:, None, None] for values in (own.mean, own.std))
-            voxels = read_box(volume, box)
-            crop = [(voxels - mean) / std]
-            if clean is not None:
-                crop.append((_clean_slice(clean, z, box) - mean[1:2]) / std[1:2])
-            if noise is not None:
-                crop.append(noise.sigma_in(voxels[1:2]) / std[1:2])
-            flips = tuple(axis for axis in (1, 2) if rng.integers(2))
-            batch.append(np.flip(np.concatenate(crop), flips))
-        yield torch.from_numpy(np.stack(batch).astype(np.float32))
+    clean, noise = beside
+    batch = []
+    for _ in range(settings.batch):
+        run, z = places[rng.integers(len(places))]
+        y, x = (int(rng.integers(n - m + 1)) for n, m in zip(volume.shape[1:], (height, width), strict=True))
+        box = Box(Span(z - 1, z + 2), Span(y, y + height), Span(x, x + width))
+        own = run.of(box.z)
+        mean, std = (np.array(values, np.float32)[:, None, None] for values in (own.mean, own.std))
+        voxels = read_box(volume, box)
+        crop = [(voxels - mean) / std]
+        if clean is not None:
+            crop.append((_clean_slice(clean, z, box) - mean[1:2]) / std[1:2])
+        if noise is not None:
+            crop.append(noise.sigma_in(voxels[1:2]) / std[1:2])
+        flips = tuple(axis for axis in (1, 2) if rng.integers(2))
+        batch.append(np.flip(np.concatenate(crop), flips))
+    return torch.from_numpy(np.stack(batch).astype(np.float32))
 
 
 def _clean_slice(clean: Volume, z: int, box: Box) -> NDArray[Any]:
