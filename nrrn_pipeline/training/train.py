@@ -23,7 +23,7 @@ from nrrn_pipeline.volume_noise import measure_volume, noise_of
 
 Location = str | os.PathLike[str]
 
-CHOSEN = "loss was chosen, as"
+CHOSEN, OUTLIERS = "loss was chosen, as", "slices left out for their noise"
 LOSS_NAMES = {
     "adjacent": "adjacent slices (Giannios et al., eq. 3)",
     "recorrupted": "recorrupted to recorrupted (Pang et al. 2021)",
@@ -56,14 +56,15 @@ def train(
     volume = open_volume(source, level)
     storage.check_new_file(weights)
     truth = None if clean is None else open_volume(clean, level)
-    settings, noise, why = _settled(settings, volume, truth)
+    settings, noise, chosen = _settled(settings, volume, truth)
     asked = {name: value for name, value in asdict(settings).items() if name not in ("device", "checkpoint_s")}
     asked |= {"source": volume.url, "source shape": list(volume.shape), "clean": truth and truth.url}
     checkpoint = Checkpoint(f"{absolute(weights)}.checkpoint", asked)
     training = Training(settings)
     losses, before_s = checkpoint.restore(training)
     started = perf_counter()
-    batches = triplets(volume, settings, truth, noise.model if noise else None, training.taken)
+    model, outliers = noise.model if noise else None, chosen.get(OUTLIERS, ())
+    batches = triplets(volume, settings, truth, model, outliers, training.taken)
     written = started
     while training.taken < settings.steps:
         losses.append(training.take(next(batches)))
@@ -74,7 +75,7 @@ def train(
             written = perf_counter()
     network = training.finished()
     tail = losses[-max(1, len(losses) // 10) :]
-    known = {CHOSEN: why, "clean": truth and truth.url, "noise": noise and asdict(noise)}
+    known = {**chosen, "clean": truth and truth.url, "noise": noise and asdict(noise)}
     record = {
         "loss": LOSS_NAMES[settings.loss],
         "source": volume.url,
@@ -95,15 +96,15 @@ def train(
 
 def _settled(
     settings: TrainSettings, volume: Volume, clean: Volume | None
-) -> tuple[TrainSettings, NoiseCurve | None, str | None]:
-    """The settings with a loss instead of auto; the noise, where the loss needs it; why the loss was chosen."""
+) -> tuple[TrainSettings, NoiseCurve | None, dict[str, Any]]:
+    """The settings with a loss instead of auto; the noise, where the loss needs it; what the record says of auto."""
     if settings.loss != AUTO:
-        return settings, noise_of(volume) if settings.loss == "recorrupted" else None, None
+        return settings, noise_of(volume) if settings.loss == "recorrupted" else None, {}
     if clean is not None:
-        return replace(settings, loss="clean"), None, "there are clean slices"
+        return replace(settings, loss="clean"), None, {CHOSEN: "there are clean slices"}
     try:
         found = measure_volume(volume)
     except InputError as error:
         raise InputError(f"the volume's noise cannot choose a loss: {error}; or name the loss yourself") from error
     loss, why = loss_for(found, settings.architecture)
-    return replace(settings, loss=loss), found.curve, why
+    return replace(settings, loss=loss), found.curve, {CHOSEN: why, OUTLIERS: list(found.outliers)}

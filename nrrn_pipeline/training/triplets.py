@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from itertools import count
 from typing import Any
@@ -31,12 +31,13 @@ def triplets(
     settings: TrainSettings,
     clean: Volume | None = None,
     noise: NoiseModel | None = None,
+    without: Collection[int] = (),
     first: int = 0,
 ) -> Iterator[Tensor]:
     """Endless (n, 3, y, x) float32 batches: crops at random places, randomly flipped, each slice z-scored as a whole.
 
-    Crops come from about 128 slices, in runs spread evenly over the volume. Seeded: same settings, same batches;
-    `first` is the number of the one to begin with.
+    Crops come from about 128 slices, in runs spread evenly over the volume, but for blank slices and those `without`.
+    Seeded: same settings, same batches; `first` is the number of the one to begin with.
     With the `clean` volume, (n, 4, y, x): last the clean centre slice, by the noisy one's mean and standard deviation.
     For loss recorrupted the standard deviation of the noise on the centre slice, divided by the slice's own, is last;
     it is by the `noise` model, or measured here.
@@ -47,11 +48,12 @@ def triplets(
     _refuse_unfit(volume, settings, clean)
     runs = training_runs(volume)
     statistics = [_measured(volume, run) for run in runs]
-    places = [(run, z) for run in statistics for z in _centres(run)]
+    places = [(run, z) for run in statistics for z in _centres(run) if not {z - 1, z, z + 1}.intersection(without)]
     if not places:
         looked_at = ", ".join(f"{run.start}:{run.stop}" for run in runs)
         raise InputError(
-            f"{volume.url} has no three consecutive slices that are not blank in z={looked_at}: nothing can be learnt"
+            f"{volume.url} has no three consecutive slices to learn from in z={looked_at}: they are blank, too few, or "
+            "noisy unlike all others"
         )
     if settings.loss != "recorrupted":
         noise = None

@@ -328,6 +328,13 @@ def test_triplets_with_a_blank_slice_are_skipped(tmp_path: Path) -> None:
     assert found == {1, 5}
 
 
+def test_triplets_with_a_slice_to_be_left_out_are_skipped(tmp_path: Path) -> None:
+    voxels = image_like((9, 12, 14))
+    batches = islice(triplets(stored(tmp_path, voxels), replace(TINY, batch=8, crop=12), without=(3, 7)), 4)
+    found = {places_of(triplet, voxels)[0][0] for batch in batches for triplet in batch}
+    assert found == {1, 5}
+
+
 def test_the_seed_decides_the_batches(tmp_path: Path) -> None:
     volume = stored(tmp_path, image_like((6, 32, 32)))
     first, again, other = (
@@ -445,7 +452,7 @@ def every_third_blank() -> NDArray[Any]:
 @pytest.mark.parametrize("make", [one_slice, two_slices, all_blank, every_third_blank])
 def test_a_volume_without_three_consecutive_images_is_refused(tmp_path: Path, make: Callable[[], NDArray[Any]]) -> None:
     volume = stored(tmp_path, make())
-    with pytest.raises(InputError, match=r"source\.zarr has no three consecutive slices that are not blank"):
+    with pytest.raises(InputError, match=r"source\.zarr has no three consecutive slices to learn from"):
         triplets(volume, TINY)
 
 
@@ -581,6 +588,30 @@ def test_the_noise_that_was_trained_with_is_in_the_record(tmp_path: Path) -> Non
     assert read_header(tmp_path / "a.safetensors")["training"] == written
     assert written["loss"].startswith("recorrupted")
     np.testing.assert_allclose(written["noise"]["sigma"], 15, rtol=0.1)
+
+
+def test_slices_noisier_than_their_neighbours_are_left_out_by_auto(tmp_path: Path) -> None:
+    noise = np.random.default_rng(1).normal(0, 9, (8, 96, 96))
+    noise[6] *= 3
+    source = bare_zarr(tmp_path / "source.zarr", np.rint(120 + noise).astype(np.uint8))
+    record = train(source, tmp_path / "a.safetensors", replace(TINY, loss="auto"))
+    assert record["settings"]["loss"] == "recorrupted"
+    assert record["loss was chosen, as"].startswith("the noise is white")
+    assert record["slices left out for their noise"] == [6]
+    noise[2] *= 3
+    noisier = bare_zarr(tmp_path / "noisier.zarr", np.rint(120 + noise[:5]).astype(np.uint8))
+    with pytest.raises(InputError, match="noisy unlike all others"):
+        train(noisier, tmp_path / "b.safetensors", replace(TINY, loss="auto"))
+
+
+def test_auto_takes_clean_slices_where_there_are_some_and_asks_for_a_loss_where_nothing_is_known(
+    source: Path, tmp_path: Path
+) -> None:
+    auto = replace(TINY, loss="auto")
+    record = train(source, tmp_path / "a.safetensors", auto, clean=source)
+    assert record["loss was chosen, as"] == "there are clean slices"
+    with pytest.raises(InputError, match=r"cannot choose a loss: .*source\.zarr: noise cannot be .*; or name the loss"):
+        train(source, tmp_path / "b.safetensors", auto)
 
 
 def test_training_that_fails_writes_no_weights(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
