@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from nrrn_pipeline import open_volume, verify
 from nrrn_pipeline.evaluation.metrics import psnr, ssim
@@ -294,7 +296,27 @@ def test_peers_are_trained_on_clean_slices_and_denoise(nrrn: Nrrn) -> None:
     one = ("--batch", "1", "--crop", "16", "--units", "4", "--network", "unet")
     assert "is too small for a U-Net" in nrrn(*learn, *one, "--out", "x.safetensors").err
     assert "loss clean" in nrrn("train", "noisy.zarr", "--loss", "clean", *small, "--out", "x.safetensors").err
-    assert (
-        "loss adjacent is not possible for unet"
-        in nrrn("train", "noisy.zarr", "--network", "unet", *small, "--out", "x.safetensors").err
-    )
+    unfit = ("train", "noisy.zarr", "--network", "unet", "--loss", "adjacent", *small, "--out", "x.safetensors")
+    assert "loss adjacent is not possible for unet" in nrrn(*unfit).err
+
+
+def test_the_noise_of_a_volume_is_told_and_drawn(nrrn: Nrrn, tmp_path: Path) -> None:
+    said = nrrn("noise", "noisy.zarr", "--plot", "noise.png")
+    assert said.status == 0, said.err
+    told = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in said.out.splitlines())
+    assert float(told["noise"].split()[0]) == pytest.approx(20, rel=0.1)
+    assert told["noise"].endswith("median of 5 slices")
+    assert told["unlike their neighbours"] == "no slices"
+    assert told["loss to train with"].startswith("recorrupted: the noise is white")
+    with Image.open(tmp_path / "noise.png") as drawn:
+        assert drawn.width == 900
+        assert len(drawn.getcolors(1 << 20) or []) > 10
+    for words, said_of_it in (
+        (("noisy.zarr", "--plot", "noise.jpg"), "--plot 'noise.jpg' is no PNG file"),
+        (("noisy.zarr", "--plot", "noise.png"), "noise.png exists: choose another file"),
+        (("nowhere.zarr",), "there is nothing there"),
+        (("noisy.zarr", "--level", "3"), "level"),
+    ):
+        refused = nrrn("noise", *words)
+        assert refused.status == 2
+        assert said_of_it in refused.err
