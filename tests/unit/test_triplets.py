@@ -1,0 +1,278 @@
+"""Crops of slice triplets, as training is given them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+from scipy.ndimage import uniform_filter
+from torch import Tensor
+
+from nrrn_pipeline import statistics
+from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.geometry import Box, Span, box_of
+from nrrn_pipeline.noise import Noise
+from nrrn_pipeline.noise_model import NoiseModel
+from nrrn_pipeline.training import triplets as streaming
+from nrrn_pipeline.training.fit import TrainSettings
+from nrrn_pipeline.training.triplets import training_runs, triplets
+from nrrn_pipeline.volume import Volume, open_volume
+from tests.support import bare_zarr, image_like
+
+TINY = TrainSettings(units=1, channels=4, steps=4, batch=2, crop=8, device="cpu", loss="adjacent")
+
+
+def stored(folder: Path, voxels: NDArray[Any]) -> Volume:
+    return open_volume(bare_zarr(folder / "source.zarr", voxels))
+
+
+def z_scored(voxels: NDArray[Any]) -> NDArray[Any]:
+    exact = voxels.astype(np.float64)
+    spread = exact.std((1, 2), keepdims=True)
+    return (exact - exact.mean((1, 2), keepdims=True)) / np.where(spread > 0, spread, 1)
+
+
+def places_of(triplet: Tensor, voxels: NDArray[Any]) -> list[tuple[int, int, int, tuple[int, ...]]]:
+    """Every (centre z, y, x, flipped axes) at which the z-scored volume holds the (3, y, x) triplet."""
+    windows = sliding_window_view(z_scored(voxels), tuple(triplet.shape))
+    found = []
+    for flips in ((), (1,), (2,), (1, 2)):
+        match = np.isclose(windows, np.flip(triplet.numpy(), flips), atol=1e-5).all((3, 4, 5))
+        found += [(int(z) + 1, int(y), int(x), flips) for z, y, x in np.argwhere(match)]
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_batches_are_float32_crops_of_three_slices(tmp_path: Path, dtype: str) -> None:
+    volume = stored(tmp_path, image_like((6, 32, 40), dtype))
+    for batch in islice(triplets(volume, replace(TINY, batch=3, crop=16)), 3):
+        assert batch.shape == (3, 3, 16, 16)
+        assert batch.dtype == torch.float32
+        assert batch.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_every_crop_is_a_z_scored_part_of_three_consecutive_slices(tmp_path: Path, dtype: str) -> None:
+    voxels = image_like((5, 12, 14), dtype)
+    batches = islice(triplets(stored(tmp_path, voxels), replace(TINY, batch=4, crop=6)), 6)
+    places = [places_of(triplet, voxels) for batch in batches for triplet in batch]
+    assert [len(found) for found in places] == [1] * 24
+    assert {found[0][0] for found in places} == {1, 2, 3}
+    assert len({found[0][:3] for found in places}) > 10
+
+
+def test_crops_reach_every_corner_of_a_slice(tmp_path: Path) -> None:
+    voxels = image_like((3, 10, 11))
+    batches = islice(triplets(stored(tmp_path, voxels), replace(TINY, batch=32, crop=9)), 2)
+    places = {places_of(triplet, voxels)[0][1:3] for batch in batches for triplet in batch}
+    assert places == {(y, x) for y in range(2) for x in range(3)}
+
+
+def test_crops_are_flipped_in_all_four_ways(tmp_path: Path) -> None:
+    voxels = image_like((3, 12, 14))
+    batch = next(triplets(stored(tmp_path, voxels), replace(TINY, batch=32, crop=14)))
+    assert {places_of(triplet, voxels)[0][3] for triplet in batch} == {(), (1,), (2,), (1, 2)}
+
+
+def test_a_crop_larger_than_the_slice_is_the_slice(tmp_path: Path) -> None:
+    volume = stored(tmp_path, image_like((3, 12, 50)))
+    assert next(triplets(volume, replace(TINY, crop=20))).shape == (2, 3, 12, 20)
+    assert next(triplets(volume, replace(TINY, crop=256))).shape == (2, 3, 12, 50)
+
+
+def test_triplets_with_a_blank_slice_are_skipped(tmp_path: Path) -> None:
+    voxels = image_like((9, 12, 14))
+    voxels[[3, 7]] = 77
+    batches = islice(triplets(stored(tmp_path, voxels), replace(TINY, batch=8, crop=12)), 4)
+    found = {places_of(triplet, voxels)[0][0] for batch in batches for triplet in batch}
+    assert found == {1, 5}
+
+
+def test_triplets_with_a_slice_to_be_left_out_are_skipped(tmp_path: Path) -> None:
+    voxels = image_like((9, 12, 14))
+    batches = islice(triplets(stored(tmp_path, voxels), replace(TINY, batch=8, crop=12), without=(3, 7)), 4)
+    found = {places_of(triplet, voxels)[0][0] for batch in batches for triplet in batch}
+    assert found == {1, 5}
+
+
+def test_the_seed_decides_the_batches(tmp_path: Path) -> None:
+    volume = stored(tmp_path, image_like((6, 32, 32)))
+    first, again, other = (
+        list(islice(triplets(volume, settings), 3)) for settings in (TINY, TINY, replace(TINY, seed=1))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def clean_beside(folder: Path, voxels: NDArray[Any], name: str = "clean.zarr") -> Volume:
+    return open_volume(bare_zarr(folder / name, voxels))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_the_clean_slice_is_scaled_as_the_noisy_centre_slice_is(tmp_path: Path, dtype: str) -> None:
+    noisy = image_like((6, 20, 22), dtype)
+    clean = image_like((6, 20, 22), dtype, seed=1)
+    volume, beside = stored(tmp_path, noisy), clean_beside(tmp_path, clean)
+    settings = replace(TINY, loss="clean", batch=8, crop=12)
+    exact = noisy.astype(np.float64)
+    scaled = (clean - exact.mean((1, 2), keepdims=True)) / exact.std((1, 2), keepdims=True)
+    for crop in next(triplets(volume, settings, beside)):
+        z, y, x, flips = places_of(crop[:3], noisy)[0]
+        expected = np.flip(scaled[z, y : y + 12, x : x + 12], [axis - 1 for axis in flips])
+        np.testing.assert_allclose(crop[3].numpy(), expected, atol=1e-4)
+
+
+def test_the_clean_volume_does_not_change_the_noisy_crops(tmp_path: Path) -> None:
+    volume = stored(tmp_path, image_like((6, 20, 22)))
+    beside = clean_beside(tmp_path, image_like((6, 20, 22), seed=1))
+    alone = islice(triplets(volume, TINY), 3)
+    both = islice(triplets(volume, replace(TINY, loss="clean"), beside), 3)
+    assert all(torch.equal(a, b[:, :3]) for a, b in zip(alone, both, strict=True))
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((6, 20, 21), "uint8"), ((5, 20, 22), "uint8"), ((6, 20, 22), "uint16")])
+def test_a_clean_volume_of_other_voxels_is_refused(tmp_path: Path, shape: tuple[int, int, int], dtype: str) -> None:
+    volume = stored(tmp_path, image_like((6, 20, 22)))
+    beside = clean_beside(tmp_path, image_like(shape, dtype))
+    with pytest.raises(InputError, match=r"clean\.zarr has shape .* give the clean volume of the same voxels"):
+        triplets(volume, replace(TINY, loss="clean"), beside)
+
+
+def test_a_clean_volume_and_the_loss_that_needs_it_go_together(tmp_path: Path) -> None:
+    volume = stored(tmp_path, image_like((6, 20, 22)))
+    with pytest.raises(InputError, match="loss clean needs the clean volume"):
+        triplets(volume, replace(TINY, loss="clean"))
+    for loss in ("adjacent", "blind-spot", "recorrupted"):
+        with pytest.raises(InputError, match=f"loss {loss} needs no clean volume"):
+            triplets(volume, replace(TINY, loss=loss), volume)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_behind_a_triplet_to_be_recorrupted_is_its_noise(tmp_path: Path, dtype: str) -> None:
+    voxels = (40 + image_like((6, 20, 22), "uint8") / 2).astype(dtype)
+    settings = replace(TINY, loss="recorrupted", batch=8, crop=12)
+    counting = NoiseModel(gain=2.0, offset=9.0, least=1.0)
+    exact = voxels.astype(np.float64)
+    for crop in next(triplets(stored(tmp_path, voxels), settings, noise=counting)):
+        z, y, x, flips = places_of(crop[:3], voxels)[0]
+        signal = uniform_filter(exact[z, y : y + 12, x : x + 12], 7)
+        expected = np.flip(np.sqrt(2 * signal + 9), [axis - 1 for axis in flips]) / exact[z].std()
+        np.testing.assert_allclose(crop[3].numpy(), expected, rtol=1e-4)
+
+
+def test_noise_that_is_not_given_is_measured(tmp_path: Path) -> None:
+    noisy = Noise(sigma=15, seed=1).added(np.full((4, 96, 96), 120, np.uint8), box_of((4, 96, 96)))
+    volume = stored(tmp_path, noisy)
+    batch = next(triplets(volume, replace(TINY, loss="recorrupted")))
+    np.testing.assert_allclose(batch[:, 3] * noisy.std(), 15, rtol=0.1)
+    with pytest.raises(InputError, match=r"flat\.zarr: no noise can be measured"):
+        triplets(clean_beside(tmp_path, striped(), "flat.zarr"), replace(TINY, loss="recorrupted"))
+
+
+def striped() -> NDArray[Any]:
+    return np.broadcast_to(np.arange(96, dtype=np.uint8), (4, 96, 96))
+
+
+def test_a_clean_volume_with_voxels_that_are_no_numbers_is_refused(tmp_path: Path) -> None:
+    volume = stored(tmp_path, image_like((6, 20, 22), "float32"))
+    beside = clean_beside(tmp_path, np.full((6, 20, 22), np.nan, np.float32))
+    with pytest.raises(InputError, match=r"clean\.zarr holds NaN or infinite voxels in slice z=\d"):
+        next(triplets(volume, replace(TINY, loss="clean"), beside))
+
+
+def one_slice() -> NDArray[Any]:
+    return image_like((1, 12, 12))
+
+
+def two_slices() -> NDArray[Any]:
+    return image_like((2, 12, 12))
+
+
+def all_blank() -> NDArray[Any]:
+    return np.full((6, 12, 12), 9, np.uint8)
+
+
+def every_third_blank() -> NDArray[Any]:
+    voxels = image_like((9, 12, 12))
+    voxels[2::3] = 0
+    return voxels
+
+
+@pytest.mark.parametrize("make", [one_slice, two_slices, all_blank, every_third_blank])
+def test_a_volume_without_three_consecutive_images_is_refused(tmp_path: Path, make: Callable[[], NDArray[Any]]) -> None:
+    volume = stored(tmp_path, make())
+    with pytest.raises(InputError, match=r"source\.zarr has no three consecutive slices to learn from"):
+        triplets(volume, TINY)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_volume_with_voxels_that_are_no_numbers_is_refused_before_the_first_batch(tmp_path: Path, bad: float) -> None:
+    voxels = image_like((6, 12, 12), "float32")
+    voxels[2, 3, 4] = bad
+    with pytest.raises(InputError, match="slice z=2"):
+        triplets(stored(tmp_path, voxels), TINY)
+
+
+@pytest.fixture
+def boxes_read(monkeypatch: pytest.MonkeyPatch) -> list[Box]:
+    """The boxes that training reads from now on, of volumes that are made up on the spot."""
+    boxes: list[Box] = []
+
+    def read(volume: Volume, box: Box) -> NDArray[Any]:
+        boxes.append(box)
+        return np.random.default_rng(box.z.start).integers(0, 255, box.shape, dtype=np.uint8)
+
+    monkeypatch.setattr(statistics, "read_box", read)
+    monkeypatch.setattr(streaming, "read_box", read)
+    return boxes
+
+
+@pytest.mark.parametrize(("slices", "chunk"), [(100_000, 1), (100_000, 8), (10_007, 16), (3000, 50), (10_007, 128)])
+def test_training_reads_at_most_128_slices_and_its_crops_however_deep_the_volume(
+    boxes_read: list[Box], slices: int, chunk: int
+) -> None:
+    volume = Volume("made up", (slices, 24, 20), "uint8", (chunk, 8, 8), (chunk, 8, 8))
+    batches = triplets(volume, replace(TINY, batch=5))
+    measured = sum(box.size for box in boxes_read)
+    assert 0 < measured <= 128 * 24 * 20
+    boxes_read.clear()
+    for _ in islice(batches, 4):
+        pass
+    assert [box.shape for box in boxes_read] == [(3, 8, 8)] * 20
+
+
+def test_crops_come_only_from_slices_that_were_measured(boxes_read: list[Box]) -> None:
+    volume = Volume("made up", (5000, 24, 20), "uint8", (8, 8, 8), (8, 8, 8))
+    batches = triplets(volume, replace(TINY, batch=50))
+    measured = {z for box in boxes_read for z in range(box.z.start, box.z.stop)}
+    boxes_read.clear()
+    next(batches)
+    assert {z for box in boxes_read for z in range(box.z.start, box.z.stop)} <= measured
+
+
+@pytest.mark.parametrize(("slices", "chunk"), [(1, 1), (3, 8), (16, 1), (100, 8), (128, 8), (129, 1), (5000, 7)])
+def test_training_runs_lie_on_the_chunk_grid_and_span_the_volume(slices: int, chunk: int) -> None:
+    volume = Volume("unread", (slices, 8, 8), "uint8", (chunk, 8, 8), (chunk, 8, 8))
+    runs = training_runs(volume)
+    assert all(run.start % chunk == 0 and (run.stop % chunk == 0 or run.stop == slices) for run in runs)
+    assert all(a.stop <= b.start for a, b in pairwise(runs))
+    assert runs[0].start == 0
+    assert slices <= 128 or runs[-1].stop == slices
+    assert slices > 128 or sum(len(run) for run in runs) == slices
+
+
+def test_every_triplet_of_a_run_is_trained_on(boxes_read: list[Box]) -> None:
+    volume = Volume("made up", (40, 8, 8), "uint8", (4, 8, 8), (4, 8, 8))
+    batches = triplets(volume, replace(TINY, batch=600))
+    boxes_read.clear()
+    next(batches)
+    expected = {Span(z - 1, z + 2) for run in training_runs(volume) for z in range(run.start + 1, run.stop - 1)}
+    assert {box.z for box in boxes_read} == expected
