@@ -44,6 +44,7 @@ from nrrn_pipeline.evaluation.metrics import psnr, ssim
 from nrrn_pipeline.evaluation.signal import interquartile_range
 from nrrn_pipeline.geometry import Span, boxes_of
 from nrrn_pipeline.network import Architecture, after_each_unit, load_weights
+from nrrn_pipeline.training.fit import PUBLISHED
 from nrrn_pipeline.volume import read_box
 
 FIB25, EPFL = "flyem_fib25_training_sample1_250.npz", "epfl_ca1_dev_z000-079_y0800-1503_x0160-0863.npz"
@@ -96,14 +97,7 @@ SCALES = {
         (1, 4), (3, 4), (1, 4), (1, 2), replace(FAST, steps=2, batch=2, crop=32), (3, 48, 48), "mean,nlm-avg"
     ),
     "small": Scale((2, 16), (6, 16), (2, 16), (1, 2, 3), FAST, (8, 250, 250)),
-    "full": Scale(
-        (4, 64),
-        (20, 64),
-        (4, 64),
-        (1, 2, 3, 4, 5),
-        TrainSettings(steps=20000, loss="adjacent", halve_every=0),
-        (32, 250, 250),
-    ),
+    "full": Scale((4, 64), (20, 64), (4, 64), (1, 2, 3, 4, 5), replace(PUBLISHED, steps=20000), (32, 250, 250)),
 }
 
 

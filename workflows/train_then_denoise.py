@@ -12,9 +12,8 @@ from pathlib import Path
 
 from nrrn_pipeline import Box, NrrnError, Options, TrainSettings, denoise, open_volume, train
 
-# the paper's network is units=4, channels=64; a GPU trains it in hours
 OPTIONS = Options()
-SETTINGS = TrainSettings(units=2, channels=16, steps=2000, batch=8, crop=128, learning_rate=1e-3)
+SETTINGS = TrainSettings()  # minutes on a few cores; the paper's network has units=4, channels=64
 
 
 def main(source: str, folder: str, settings: TrainSettings = SETTINGS, options: Options = OPTIONS) -> None:

@@ -235,12 +235,16 @@ def train(
         str, typer.Option(help=f"{', '.join(LOSSES)} (which needs --clean), or auto: what suits the volume's noise.")
     ] = AUTO,
     clean: Annotated[str | None, typer.Option(metavar="REF", help="A clean volume of SRC's shape and dtype.")] = None,
-    units: Annotated[int | None, typer.Option(help="Building units (4), layers (20) or poolings (4).")] = None,
-    channels: Annotated[int, typer.Option(help="Feature maps.")] = 64,
-    steps: Annotated[int, typer.Option(help="Weight updates.")] = 2000,
-    batch: Annotated[int, typer.Option(help="Crops an update.")] = 16,
-    crop: Annotated[int, typer.Option(help="Side of a crop in voxels.")] = 256,
-    learning_rate: Annotated[float, typer.Option(help="Adam's.")] = 1e-4,
+    units: Annotated[
+        int | None, typer.Option(help="Building units (2; the paper's: 4), layers (20) or poolings (4).")
+    ] = None,
+    channels: Annotated[int, typer.Option(help="Feature maps; the paper's: 64.")] = TrainSettings.channels,
+    steps: Annotated[int, typer.Option(help="Weight updates.")] = TrainSettings.steps,
+    batch: Annotated[int, typer.Option(help="Crops an update.")] = TrainSettings.batch,
+    crop: Annotated[int, typer.Option(help="Side of a crop in voxels.")] = TrainSettings.crop,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Adam's, at its highest (0.02; of NRRN's peers 0.001).")
+    ] = None,
     halve_every: Annotated[
         int | None,
         typer.Option(help="Steps after which the rate is halved; 0: never (default: it falls along a cosine)."),
@@ -263,7 +267,7 @@ def train(
         steps=steps,
         batch=batch,
         crop=crop,
-        learning_rate=learning_rate,
+        learning_rate=learning_rate,  # type: ignore[arg-type]
         halve_every=halve_every,
         seed=seed,
         device=device,
