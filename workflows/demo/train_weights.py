@@ -18,9 +18,7 @@ from nrrn_pipeline.network import load_weights, save_weights
 
 SOURCE = "FlyEM FIB-25, training sample 1 (CC BY), slices 0-195, Gaussian noise of sigma 30 grey levels added, seed 25"
 NOTE = "For the demo: a small network for one kind of data and noise. Train on your own volume before you use it."
-SETTINGS = TrainSettings(
-    units=2, channels=16, steps=1600, batch=8, crop=64, learning_rate=2e-3, halve_every=400, seed=1
-)
+SETTINGS = TrainSettings(steps=2400, seed=1)
 
 
 def main(source: str, weights: str) -> None:

@@ -1,0 +1,51 @@
+"""What training makes of real slices with known noise, held beside the clean ones that it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from nrrn_pipeline import Options, TrainSettings, denoise, open_volume, train
+from nrrn_pipeline.evaluation.metrics import psnr
+from nrrn_pipeline.geometry import box_of
+from nrrn_pipeline.noise import Noise
+from nrrn_pipeline.volume import read_box
+from tests.support import bare_zarr
+
+CROP = Path(__file__).parents[2] / "workflows/demo/fib25_crop.npz"
+SETTINGS = TrainSettings(units=1, channels=8, steps=300, batch=4, crop=48, device="cpu", seed=1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# counts beyond white are cut off: what is bright is darker in the mean, which clean slices alone can tell
+@pytest.mark.parametrize(
+    ("noise", "behind_db"), [(Noise(sigma=30, seed=1), 0.8), (Noise(peak=20, seed=1), 2.5)], ids=["gaussian", "poisson"]
+)
+def test_noisy_slices_alone_teach_nearly_what_clean_ones_do(tmp_path: Path, noise: Noise, behind_db: float) -> None:
+    clean: NDArray[np.uint8] = np.load(CROP)["volume"]
+    noisy = noise.added(clean, box_of(clean.shape))
+    source, truth = (bare_zarr(tmp_path / f"{name}.zarr", of[:20]) for name, of in (("noisy", noisy), ("clean", clean)))
+    unseen = bare_zarr(tmp_path / "unseen.zarr", noisy[22:28])
+    reached = {"noisy": psnr(clean[22:28], noisy[22:28], 255)}
+    for name, reference in (("without", None), ("with", truth)):
+        weights = tmp_path / f"{name}.safetensors"
+        record = train(source, weights, SETTINGS, clean=reference)
+        assert record["settings"]["loss"] == ("recorrupted" if reference is None else "clean")
+        denoise(unseen, tmp_path / f"{name}.ome.zarr", weights, Options(cluster="serial", device="cpu"))
+        volume = open_volume(tmp_path / f"{name}.ome.zarr")
+        reached[name] = psnr(clean[22:28], read_box(volume, volume.box), 255)
+    print(f"{noise}: {reached}")
+    assert reached["without"] > reached["noisy"] + 8
+    assert reached["without"] > reached["with"] - behind_db
