@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import convolve1d, gaussian_filter, uniform_filter
+from scipy.ndimage import convolve1d, gaussian_filter, maximum_filter, minimum_filter, uniform_filter
 
 from nrrn_pipeline.errors import InputError
 
@@ -26,10 +26,9 @@ SIGNAL, EDGE = 7, 3.0  # the signal at a voxel is a mean over 7 x 7; edges are l
 MARGIN = 4  # voxels at a slice's border, which filters see mirrored
 LEVELS = 16  # of signal, with as many voxels each
 LEAST_SIDE = 4 * MARGIN
-LEAST_VOXELS = 4096  # away from edges
+LEAST_VOXELS, LEAST_IN_SLICE = 4096, 64  # away from edges
 MEDIAN = 0.6745  # of |x|, for a standard normal x
 BEYOND = 3.5  # standard deviations: details that are structure
-FINE, COARSE = (0.4, 0.5), (0.25, 0.35)  # cycles a voxel; structure of EM hardly reaches there
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class NoiseCurve:
 
 
 def measure_curve(slices: Sequence[NDArray[Any]]) -> NoiseCurve:
-    """The noise of (y, x) slices by their signal. It is taken for white; see `fineness`.
+    """The noise of (y, x) slices by their signal. It is taken for white; see `neighbour_noise`.
 
     The half of all voxels that is farthest from edges is sorted by signal into LEVELS groups of one size. Raises
     InputError for fewer than LEAST_VOXELS such voxels, or if there is no noise.
@@ -83,8 +82,12 @@ def signal_in(noisy: NDArray[Any]) -> Floats:
 
 
 def slice_sigma(plane: NDArray[Any]) -> float:
-    """Standard deviation of a (y, x) slice's noise, whatever its signal, in grey levels; it is taken for white."""
-    return spread(_smooth_half(plane)[1])
+    """Standard deviation of a (y, x) slice's noise, whatever its signal, in grey levels; it is taken for white.
+
+    0 where there are too few voxels to be measured.
+    """
+    details = _smooth_half(plane)[1]
+    return spread(details) if details.size >= LEAST_IN_SLICE else 0.0
 
 
 def spread(details: Floats) -> float:
@@ -95,41 +98,53 @@ def spread(details: Floats) -> float:
     return found
 
 
-def fineness(plane: NDArray[Any]) -> tuple[float, float]:
-    """Along y, along x: the power of the finest details over that of coarser ones, among those that are fine across.
+def neighbour_noise(plane: NDArray[Any]) -> tuple[float, float]:
+    """How far the noise of voxels beside each other along y, and along x, correlates: 0 for white noise.
 
-    1 for white noise; less for noise that neighbouring voxels share, as along a scan line.
+    From the correlation c of successive details, which is -2/3 for white noise, as if voxels farther apart shared
+    nothing: c = (7 r - 4) / (6 - 8 r). Stripes, the same offset for a whole scan line, are not seen. 0 where nothing
+    can be measured.
     """
-    centred = plane.astype(np.float64) - plane.mean()
-    power = np.square(np.abs(np.fft.fft2(centred)))
-    y, x = (np.abs(np.fft.fftfreq(length)) for length in plane.shape)
+    _, details, smooth = _parts(plane)
     found = []
-    for along, frequency, across in ((power.T, y, x), (power, x, y)):
-        rows = along[across >= COARSE[0]]
-        fine, coarse = (rows[:, (frequency >= low) & (frequency <= high)].mean() for low, high in (FINE, COARSE))
-        found.append(float(fine / coarse) if coarse > 0 else 1.0)
+    for along, counts in ((details, smooth), (details.T, smooth.T)):
+        pairs = counts[1:] & counts[:-1]
+        first, second = along[:-1][pairs], along[1:][pairs]
+        limit = BEYOND * spread(along[counts]) if pairs.any() else 0.0
+        inside = (np.abs(first) <= limit) & (np.abs(second) <= limit)
+        power = float(np.square(first[inside]).sum() + np.square(second[inside]).sum()) / 2
+        c = float((first[inside] * second[inside]).sum()) / power if power > 0 else -2 / 3
+        found.append((6 * c + 4) / (7 + 8 * c))
     return found[0], found[1]
 
 
-def _smooth_half(plane: NDArray[Any]) -> tuple[Floats, Floats]:
-    """Signal and details of the voxels that are farther from edges than the other half.
+def _parts(plane: NDArray[Any]) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+    """(y, x) signal, details, and which voxels are farther from edges than the other half; no borders.
 
+    What is exactly flat, as the frame around an aligned slice or a saturated part, holds no noise, and is not counted.
     Raises InputError for a slice that is too small.
     """
     if min(plane.shape) < LEAST_SIDE:
         raise InputError(f"noise cannot be measured on slices of {plane.shape} voxels: {LEAST_SIDE} a side are needed")
     values = plane.astype(np.float64)
     inside = np.s_[MARGIN:-MARGIN, MARGIN:-MARGIN]
-    signal = signal_in(values)[inside]
-    details = convolve1d(convolve1d(values, DIFFERENCE, axis=0), DIFFERENCE, axis=1)[inside]
-    slope = np.hypot(*np.gradient(gaussian_filter(values, EDGE)))[inside]
-    smooth = slope <= np.median(slope)
+    details = convolve1d(convolve1d(values, DIFFERENCE, axis=0), DIFFERENCE, axis=1)
+    slope = np.hypot(*np.gradient(gaussian_filter(values, EDGE)))
+    rough = (maximum_filter(values, SIGNAL) > minimum_filter(values, SIGNAL))[inside]
+    limit = np.median(slope[inside][rough]) if rough.any() else 0.0
+    return signal_in(values)[inside], details[inside], rough & (slope[inside] <= limit)
+
+
+def _smooth_half(plane: NDArray[Any]) -> tuple[Floats, Floats]:
+    """Signal and details of the voxels that are farther from edges than the other half."""
+    signal, details, smooth = _parts(plane)
     return signal[smooth], details[smooth]
 
 
 def _fitted(signal: Floats, sigma: Floats) -> NoiseModel:
-    """By least squares of relative errors, as the spread of a variance grows with it."""
-    weight = 1 / np.square(sigma)
-    terms = np.stack([signal * weight, weight], axis=1)
+    """By least squares of relative errors, as the spread of a variance grows with it; in any unit."""
+    unit, level = float(np.abs(signal).max()) or 1.0, float(np.median(sigma))
+    weight = np.square(level / sigma)
+    terms = np.stack([signal / unit * weight, weight], axis=1)
     gain, offset = np.linalg.lstsq(terms, np.ones_like(signal), rcond=None)[0]
-    return NoiseModel(float(gain), float(offset), float(np.square(sigma).min()))
+    return NoiseModel(float(gain) * level**2 / unit, float(offset) * level**2, float(np.square(sigma).min()))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Span
-from nrrn_pipeline.noise_model import NoiseCurve, fineness, measure_curve, slice_sigma
+from nrrn_pipeline.noise_model import NoiseCurve, measure_curve, neighbour_noise, slice_sigma
 from nrrn_pipeline.volume import Volume, read_box
 
 CROP = (3, 256, 256)  # voxels along z, y, x
@@ -19,7 +19,7 @@ DEPTHS, PLACES = 4, (0.25, 0.75)  # as many crops along z, and where they lie al
 
 AROUND = 15  # slices on either side, of whose noise the median is what to expect of a slice
 OUTLYING = 1.3  # times more, or less, than expected
-WHITE = 0.75  # the least fineness of noise that is taken for white
+WHITE = 0.15  # the largest correlation of neighbouring voxels' noise that is taken for white
 
 Crops = NDArray[np.float64]
 
@@ -28,42 +28,48 @@ Crops = NDArray[np.float64]
 class VolumeNoise:
     """What is known of a volume's noise without a clean copy.
 
-    curve: by signal. sigma: of each slice (z), in grey levels, 0 if it is blank. outliers: slices whose noise is not
-    what slices around have. fineness: along y and x, median over slices; 1 for white noise (noise_model.fineness).
-    neighbours: mean correlation of successive slices, 1 if they are equal.
+    curve: by signal. sigma: of each slice (z), in grey levels, 0 where there is none to be measured, as in a blank one.
+    outliers: slices whose noise is not what slices around have. shared: correlation of the noise of voxels beside each
+    other along y and x, median over slices (noise_model.neighbour_noise). likeness: mean correlation of successive
+    slices, 1 if they are equal.
     """
 
     curve: NoiseCurve
     sigma: tuple[float, ...]
     outliers: tuple[int, ...]
-    fineness: tuple[float, float]
-    neighbours: float
+    shared: tuple[float, float]
+    likeness: float
 
     @property
     def white(self) -> bool:
-        """Whether no voxel's noise tells of another's, as far as can be seen."""
-        return min(self.fineness) >= WHITE
+        """Whether no voxel's noise tells of the one's beside it; stripes are not seen."""
+        return max(map(abs, self.shared)) <= WHITE
 
 
 def measure_volume(volume: Volume) -> VolumeNoise:
     """The noise of a volume: by signal where noise_of measures it, by slice in the middle of each slice.
 
-    Reads 256 x 256 voxels of every slice. Raises InputError as noise_of does, or if no two slices follow each other.
+    Reads 256 x 256 voxels of every slice. Raises InputError as noise_of does, and if no two successive slices have
+    anything to measure there.
     """
     curve = noise_of(volume)
-    sigma, shapes, likeness = [], [], []
+    sigma, shared, likeness = [], [], []
     before = None
-    for plane in _middles(volume):
-        blank = plane.min() == plane.max()
-        sigma.append(0.0 if blank else slice_sigma(plane))
-        if not blank:
-            shapes.append(fineness(plane))
+    for z, plane in enumerate(_middles(volume)):
+        if not np.isfinite(plane).all():
+            raise InputError(f"{volume.url} holds NaN or infinite voxels in slice z={z}: replace them (with 0, say)")
+        sigma.append(slice_sigma(plane))
+        if sigma[-1] > 0:
+            shared.append(neighbour_noise(plane))
             if before is not None:
                 likeness.append(float(np.corrcoef(before.ravel(), plane.ravel())[0, 1]))
-        before = None if blank else plane
+        before = plane if sigma[-1] > 0 else None
     if not likeness:
-        raise InputError(f"{volume.url} has no two successive slices that are not blank: nothing can be said of it")
-    y, x = np.median(shapes, axis=0)
+        raise InputError(
+            f"{volume.url} has no two successive slices with noise to be measured in their middle: it is blank, "
+            "saturated or without noise there, or a single slice"
+        )
+    y, x = np.median(shared, axis=0)
     return VolumeNoise(curve, tuple(sigma), outliers(sigma), (float(y), float(x)), float(np.mean(likeness)))
 
 

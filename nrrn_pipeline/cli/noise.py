@@ -47,15 +47,15 @@ def _rows(found: VolumeNoise) -> dict[str, str]:
     curve, sigma = found.curve, np.array(found.sigma)
     strong, model = sigma[sigma > 0], found.curve.model
     loss, why = loss_for(found, Architecture.published("nrrn"))
-    named = ", ".join(f"{z} ({sigma[z]:.1f})" for z in found.outliers[:MOST_NAMED])
+    named = ", ".join(f"{z} ({sigma[z]:.3g})" for z in found.outliers[:MOST_NAMED])
     more = f" and {len(found.outliers) - MOST_NAMED} more" if len(found.outliers) > MOST_NAMED else ""
     return {
-        "noise": f"{np.median(strong):.2f} grey levels, median of {counted(len(strong), 'slice')}",
-        "by signal": f"{curve.sigma[0]:.1f} at {curve.signal[0]:.0f}, {curve.sigma[-1]:.1f} at {curve.signal[-1]:.0f}; "
+        "noise": f"{np.median(strong):.3g} grey levels, median of {counted(len(strong), 'slice')}",
+        "by signal": f"{curve.sigma[0]:.3g} at {curve.signal[0]:.3g}, {curve.sigma[-1]:.3g} at {curve.signal[-1]:.3g}; "
         f"variance = {model.gain:.3g} x signal + {model.offset:.3g}",
-        "along z": " -> ".join(f"{np.median(part):.1f}" for part in np.array_split(strong, min(5, len(strong)))),
+        "along z": " -> ".join(f"{np.median(part):.3g}" for part in np.array_split(strong, min(5, len(strong)))),
         "unlike their neighbours": f"slices {named}{more}" if named else "no slices",
-        "successive slices": f"correlate by {found.neighbours:.2f}",
+        "successive slices": f"correlate by {found.likeness:.2f}",
         "loss to train with": f"{loss}: {why}",
     }
 

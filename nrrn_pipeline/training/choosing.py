@@ -12,8 +12,8 @@ def loss_for(noise: VolumeNoise, network: Architecture) -> tuple[str, str]:
 
     Raises InputError if there is none: of noise that neighbouring voxels share only the slices around are free.
     """
-    y, x = noise.fineness
-    seen = f"(its finest details have {y:.2f} of the power of coarser ones along y, {x:.2f} along x; white noise: 1)"
+    y, x = noise.shared
+    seen = f"(that of voxels beside each other correlates by {y:.2f} along y, {x:.2f} along x)"
     if noise.white:
         return "recorrupted", f"the noise is white {seen}"
     if network.kind != "nrrn":

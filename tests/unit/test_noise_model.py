@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter, gaussian_filter1d
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import box_of
 from nrrn_pipeline.noise import Noise
-from nrrn_pipeline.noise_model import LEVELS, NoiseModel, fineness, measure_curve, spread
+from nrrn_pipeline.noise_model import LEVELS, NoiseModel, measure_curve, neighbour_noise, slice_sigma, spread
 
 Floats = NDArray[np.float64]
 SHAPE = (4, 192, 192)
@@ -77,28 +77,58 @@ def test_structure_is_not_taken_for_noise() -> None:
     assert values.std() > 10
 
 
-def test_white_noise_is_as_fine_along_y_as_along_x() -> None:
-    np.testing.assert_allclose([fineness(plane) for plane in white(9)], 1, atol=0.1)
+@pytest.mark.parametrize("sigma", [3, 10, 30])
+def test_white_noise_is_shared_by_no_neighbours_whatever_lies_under_it(sigma: float) -> None:
+    for slices in (white(sigma), cells() + white(sigma)):
+        np.testing.assert_allclose(np.median([neighbour_noise(plane) for plane in slices], axis=0), 0, atol=0.1)
 
 
-def test_noise_that_a_scan_line_shares_is_coarse_along_it_alone() -> None:
-    along_x = gaussian_filter1d(white(9), 0.7, axis=2)
+@pytest.mark.parametrize("share", [-0.3, 0.3, 0.6])
+def test_what_neighbours_along_a_line_share_is_found_along_it_alone(share: float) -> None:
+    noise = white(9)
+    along_x = noise + share * np.roll(noise, 1, axis=2)  # correlation with the next voxel: share / (1 + share^2)
     for plane in along_x:
-        y, x = fineness(plane)
-        assert x < 0.4 < 0.85 < y
-        turned = fineness(plane.T)
-        assert turned == pytest.approx((x, y))
+        y, x = neighbour_noise(plane)
+        assert x == pytest.approx(share / (1 + share**2), abs=0.05)
+        assert abs(y) < 0.05
+        assert neighbour_noise(plane.T) == pytest.approx((x, y))
 
 
-def test_a_constant_slice_is_as_fine_as_white_noise() -> None:
-    assert fineness(np.full((64, 64), 7)) == (1, 1)
+def test_noise_that_is_blurred_along_scan_lines_is_shared() -> None:
+    blurred = cells() + gaussian_filter1d(white(20), 0.7, axis=2)
+    y, x = np.median([neighbour_noise(plane) for plane in blurred], axis=0)
+    assert abs(y) < 0.06
+    assert x > 0.4
+
+
+@pytest.mark.parametrize("frame", [8, 60, 120])
+def test_a_frame_without_image_changes_nothing(frame: int) -> None:
+    slices = np.rint(120 + white(10))
+    slices[:, :frame] = 0
+    np.testing.assert_allclose(measure_curve(slices).sigma, 10, rtol=0.15)
+    np.testing.assert_allclose([slice_sigma(plane) for plane in slices], 10, rtol=0.08)
+    np.testing.assert_allclose(np.median([neighbour_noise(plane) for plane in slices], axis=0), 0, atol=0.06)
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_a_constant_slice_has_no_noise_that_could_be_measured(value: int) -> None:
+    flat = np.full((64, 64), value, np.uint8)
+    assert (slice_sigma(flat), neighbour_noise(flat)) == (0, (0, 0))
+
+
+@pytest.mark.parametrize("unit", [1e-20, 1e-3, 1e12])
+def test_any_unit_will_do(unit: float) -> None:
+    slices = np.random.default_rng(1).poisson(cells() / 255 * 60) / 60 * 255 + white(20)
+    one, other = measure_curve(slices).model, measure_curve(slices * unit).model
+    assert other.gain == pytest.approx(one.gain * unit, rel=1e-6)
+    assert other.offset == pytest.approx(one.offset * unit**2, rel=1e-6)
 
 
 @pytest.mark.parametrize(
     ("slices", "message"),
     [
         (np.zeros((1, 64, 64)), "give 4096"),
-        (np.zeros(SHAPE, np.uint8), "slices are flat in places"),
+        (np.zeros(SHAPE, np.uint8), "slices of 0 smooth voxels: give 4096"),
         (np.broadcast_to(np.arange(192.0), SHAPE), "slices are flat in places"),
     ],
 )
