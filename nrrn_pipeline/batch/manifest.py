@@ -18,6 +18,7 @@ from nrrn_pipeline import storage
 from nrrn_pipeline.cluster.kinds import wrong_keys
 from nrrn_pipeline.cost import counted
 from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.filters import FILTERS
 from nrrn_pipeline.geometry import Box, Shape
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import absolute, can_list
@@ -143,7 +144,8 @@ def read_manifest(
         if into is None or (common is None and not filtered):
             missing = "--into, the folder for its outputs" if into is None else "--weights, or a filter as --method"
             raise InputError(f"{text} names volumes alone: give {missing}")
-        jobs, problems = _jobs_found(text, absolute(into), common), []
+        settings = Settings(method=method) if filtered else Settings()
+        jobs, problems = [replace(job, settings=settings) for job in _jobs_found(text, absolute(into), common)], []
         if not jobs and not empty:
             raise InputError(f"no volume at {text}: give a glob that matches some, or a folder of Zarr volumes")
     else:
@@ -166,6 +168,8 @@ def _jobs_in_file(url: str, weights: str | None, method: str | None) -> tuple[li
         for place, row in rows(text):
             try:
                 entry = _entry(row)
+                if entry.method is None and method in FILTERS:
+                    entry = entry.model_copy(update={"method": method})
                 folder = url.rpartition("/")[0]
                 source, output = (_beside(folder, location) for location in (entry.source, entry.output))
                 jobs.append(Job(source, output, _weights_for(entry, folder, weights, method), entry, place))
@@ -245,7 +249,10 @@ def _toml_rows(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, volume in enumerate(volumes, start=1):
         if not isinstance(volume, dict):
             raise ValueError(f"volume {number} is no table: write [[volume]]")
-        yield f"volume {number}", defaults | volume
+        merged = defaults | volume
+        if str(volume.get("method")) in FILTERS and "weights" not in volume:
+            merged.pop("weights", None)  # they are for the networks
+        yield f"volume {number}", merged
 
 
 def _entry(row: Mapping[str, Any]) -> Entry:

@@ -238,7 +238,7 @@ def train(
     units: Annotated[
         int | None, typer.Option(help="Building units (2; the paper's: 4), layers (20) or poolings (4).")
     ] = None,
-    channels: Annotated[int, typer.Option(help="Feature maps; the paper's: 64.")] = TrainSettings.channels,
+    channels: Annotated[int | None, typer.Option(help="Feature maps (16; the paper's, and its peers': 64).")] = None,
     steps: Annotated[int, typer.Option(help="Weight updates.")] = TrainSettings.steps,
     batch: Annotated[int, typer.Option(help="Crops an update.")] = TrainSettings.batch,
     crop: Annotated[int, typer.Option(help="Side of a crop in voxels.")] = TrainSettings.crop,
@@ -262,12 +262,12 @@ def train(
         network=network,
         inputs=inputs,
         loss=loss,
-        units=units,  # type: ignore[arg-type]
+        units=units,
         channels=channels,
         steps=steps,
         batch=batch,
         crop=crop,
-        learning_rate=learning_rate,  # type: ignore[arg-type]
+        learning_rate=learning_rate,
         halve_every=halve_every,
         seed=seed,
         device=device,

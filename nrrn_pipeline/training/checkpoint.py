@@ -1,4 +1,4 @@
-"""What training has reached, in a file beside its weights-to-be: killed, it goes on there as if it never was.
+"""What training has reached, in a file beside its weights-to-be: killed, it goes on there.
 
 The file is safetensors: reading it runs no code. It is replaced in one move, so that there is always a whole one.
 """
@@ -25,7 +25,7 @@ MAX_BYTES = 2**33  # of a network and twice as much
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The file of one training; `asked`: all that its weights depend on, in JSON."""
+    """The file of one training; `asked`: settings, source and noise, in JSON, which must be the same to go on."""
 
     url: str
     asked: dict[str, Any]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -33,17 +34,17 @@ class TrainSettings:
     """How to train. Unless told, a small network, in minutes on a few cores; the paper's is PUBLISHED.
 
     crop: side in voxels. learning_rate: Adam's at its highest; it falls along a cosine, or by half every `halve_every`
-    steps (vEMden's way; 0: never, the paper's). network, units, channels, inputs: as of Architecture; None takes what
-    was published for that kind of network, but 2 units of NRRN. loss: a key of LOSSES, or "auto", by the volume's
-    noise. checkpoint_s: seconds between two checkpoints.
+    steps (vEMden's way; 0: never, the paper's). network, units, channels, inputs: as of Architecture. loss: a key of
+    LOSSES, or "auto", by the volume's noise. checkpoint_s: seconds between two checkpoints. None: 2 units, 16 channels
+    and a rate of 0.02 for NRRN; for its peers what was published, and 0.001.
     """
 
-    units: int = None  # type: ignore[assignment]  # an int from __post_init__ on
-    channels: int = 16
+    units: int | None = None
+    channels: int | None = None
     steps: int = 1600
     batch: int = 8
     crop: int = 64
-    learning_rate: float = None  # type: ignore[assignment]  # 0.02 of NRRN, 0.001 of its peers
+    learning_rate: float | None = None
     halve_every: int | None = None
     seed: int = 0
     device: str = "auto"
@@ -54,18 +55,13 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         """Raises InputError for numbers that no network can be trained with."""
-        if self.learning_rate is None:
-            object.__setattr__(self, "learning_rate", 0.02 if self.network == "nrrn" else 0.001)
-        if self.units is None:
-            published = KINDS[self.network].units if self.network in KINDS else 1
-            object.__setattr__(self, "units", 2 if self.network == "nrrn" else published)
         for name in ("units", "channels", "steps", "batch", "crop"):
-            if getattr(self, name) < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} {getattr(self, name)} is not possible: use 1 or more")
         for name in ("halve_every", "seed"):
             if not 0 <= (getattr(self, name) or 0) < 2**63:
                 raise InputError(f"{name.replace('_', ' ')} {getattr(self, name)} is not possible: use 0 or more")
-        if not 0 < self.learning_rate <= 1:
+        if not 0 < self.highest_rate <= 1:
             raise InputError(f"learning rate {self.learning_rate} is not possible: use more than 0 and at most 1")
         if self.loss not in (AUTO, *LOSSES):
             raise InputError(f"loss {self.loss!r} is unknown: use {' or '.join((AUTO, *LOSSES))}")
@@ -78,8 +74,29 @@ class TrainSettings:
     @property
     def architecture(self) -> Architecture:
         """The network to train. Raises InputError if there is none such."""
+        kind = KINDS.get(self.network)
+        units, channels = (2, 16) if kind is None or self.network == "nrrn" else (kind.units, 64)
         inputs = default_inputs(self.network) if self.inputs is None else self.inputs
-        return Architecture(self.network, self.units, self.channels, inputs)
+        return Architecture(self.network, self.units or units, self.channels or channels, inputs)
+
+    @property
+    def highest_rate(self) -> float:
+        """The learning rate before it falls."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 0.02 if self.network == "nrrn" else 0.001
+
+    @property
+    def spelt_out(self) -> Self:
+        """The same, with nothing left to be chosen but the loss."""
+        found = self.architecture
+        return replace(
+            self,
+            units=found.units,
+            channels=found.channels,
+            inputs=found.inputs,
+            learning_rate=self.highest_rate,
+        )
 
 
 class Training:
@@ -107,7 +124,7 @@ class Training:
                 f"one crop of {batch.shape[2:]} is too small for {self.network.architecture}: use more, or larger"
             )
         for group in self.optimiser.param_groups:
-            group["lr"] = self.settings.learning_rate * _rate(self.settings, self.taken)
+            group["lr"] = self.settings.highest_rate * _rate(self.settings, self.taken)
         loss = LOSSES[self.settings.loss](self.network, batch.to(self.device), _random(self.settings, self.taken))
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()

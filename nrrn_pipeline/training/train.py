@@ -42,8 +42,8 @@ def train(
 ) -> dict[str, Any]:
     """Train a network on a noisy volume and write it to `weights`; returns its record.
 
-    Beside it a checkpoint is kept meanwhile: called again after any interruption, training goes on there, and its
-    weights are those of one that was never interrupted (on the same device).
+    Beside it a checkpoint is kept meanwhile: called again after any interruption, training goes on there. Its weights
+    are those of one that was never interrupted, on a CPU with as many threads; on a GPU the last bits may differ.
 
     Clean data are for the loss "clean" alone: a volume of the source's shape and dtype. The loss "auto" is "clean" if
     there is one, else it depends on the volume's noise; the record says what was chosen, and why.
@@ -51,14 +51,15 @@ def train(
     Raises InputError if the volume or the settings do not allow it, or `weights` exists or cannot be written; RunError
     if training diverges.
     """
-    settings = settings or TrainSettings()
+    settings = (settings or TrainSettings()).spelt_out
     choose_device(settings.device)
     volume = open_volume(source, level)
     storage.check_new_file(weights)
     truth = None if clean is None else open_volume(clean, level)
     settings, noise, chosen = _settled(settings, volume, truth)
     asked = {name: value for name, value in asdict(settings).items() if name not in ("device", "checkpoint_s")}
-    asked |= {"source": volume.url, "source shape": list(volume.shape), "clean": truth and truth.url}
+    asked |= {"source": volume.url, "source shape": list(volume.shape), "source dtype": volume.dtype}
+    asked |= {"clean": truth and truth.url, "noise": noise and asdict(noise.model), OUTLIERS: chosen.get(OUTLIERS)}
     checkpoint = Checkpoint(f"{absolute(weights)}.checkpoint", asked)
     training = Training(settings)
     losses, before_s = checkpoint.restore(training)

@@ -53,7 +53,7 @@ def triplets(
         looked_at = ", ".join(f"{run.start}:{run.stop}" for run in runs)
         raise InputError(
             f"{volume.url} has no three consecutive slices to learn from in z={looked_at}: they are blank, too few, or "
-            "noisy unlike all others"
+            "noisy unlike the others (name the loss, and all slices count)"
         )
     if settings.loss != "recorrupted":
         noise = None

@@ -75,6 +75,10 @@ def test_a_filter_takes_no_weights_and_a_network_some(read: Read, lab: Path) -> 
     assert alone.weights is None
     first, second = read("source,output,method,weights\na,b,,\nc,d,nrrn,own\n", weights=None, method="mean")
     assert (first.weights, second.weights) == (None, f"{lab}/own")
+    assert [job.settings.over(Options()).method.name for job in (first, second)] == ["mean", "nrrn"]
+    volumes = '[[volume]]\nsource = "a"\noutput = "b"\nmethod = "bm3d"\n[[volume]]\nsource = "c"\noutput = "d"\n'
+    first, second = read(f'[defaults]\nweights = "own"\n{volumes}', "toml", weights=None)
+    assert (first.weights, second.weights) == (None, f"{lab}/own")
     for text, weights, method, said in (
         (header + networked, None, None, "line 2: it has no weights"),
         (header + networked, None, "mean", "line 2: it has no weights"),

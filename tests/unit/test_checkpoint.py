@@ -107,6 +107,15 @@ def test_a_checkpoint_of_another_training_is_refused_and_kept(source: Path, tmp_
     assert not weights.exists()
 
 
+def test_slices_left_out_are_part_of_what_was_asked(tmp_path: Path) -> None:
+    noise = np.random.default_rng(1).normal(0, 9, (8, 96, 96))
+    noise[6] *= 3
+    noisier = bare_zarr(tmp_path / "noisier.zarr", np.rint(120 + noise).astype(np.uint8))
+    begin(noisier, tmp_path / "w.safetensors", replace(TINY, loss="auto"))
+    with pytest.raises(InputError, match=r"slices left out for their noise was \[6\], now None"):
+        train(noisier, tmp_path / "w.safetensors", replace(TINY, loss="recorrupted"))
+
+
 def test_a_damaged_checkpoint_is_refused_by_name(source: Path, tmp_path: Path) -> None:
     weights = tmp_path / "w.safetensors"
     checkpoint = begin(source, weights, TINY)

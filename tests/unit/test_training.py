@@ -232,6 +232,18 @@ def test_a_network_sees_more_than_one_slice_unless_told(network: str, seen: str)
 
 
 @pytest.mark.parametrize(
+    ("network", "units", "channels", "rate"),
+    [("nrrn", 2, 16, 0.02), ("unet", 4, 64, 0.001), ("denoisenet", 20, 64, 0.001)],
+)
+def test_what_is_not_asked_for_goes_by_the_network(network: str, units: int, channels: int, rate: float) -> None:
+    for settings in (TrainSettings(network=network), replace(TrainSettings(), network=network)):
+        found = settings.spelt_out
+        assert (found.units, found.channels, found.learning_rate) == (units, channels, rate)
+        assert found.architecture == settings.architecture
+    assert replace(TINY, network=network, units=3, loss="auto").spelt_out.channels == 4
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"network": "resnet"}, "network 'resnet' is unknown: use nrrn or denoisenet or unet"),
@@ -353,7 +365,7 @@ def test_slices_noisier_than_their_neighbours_are_left_out_by_auto(tmp_path: Pat
     assert record["slices left out for their noise"] == [6]
     noise[2] *= 3
     noisier = bare_zarr(tmp_path / "noisier.zarr", np.rint(120 + noise[:5]).astype(np.uint8))
-    with pytest.raises(InputError, match="noisy unlike all others"):
+    with pytest.raises(InputError, match="noisy unlike the others"):
         train(noisier, tmp_path / "b.safetensors", replace(TINY, loss="auto"))
 
 

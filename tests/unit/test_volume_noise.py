@@ -129,7 +129,7 @@ def test_volumes_whose_noise_cannot_be_measured_are_refused(tmp_path: Path, voxe
 
 
 def test_a_volume_that_is_saturated_in_the_middle_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"v\.zarr has no two successive slices with noise to be measured in their mid"):
+    with pytest.raises(InputError, match=r"v\.zarr has no two successive slices with noise to be measured"):
         measure_volume(stored(tmp_path, saturated(), "float32"))
 
 
