@@ -30,3 +30,14 @@ def moto_s3() -> Iterator[ObjectStore]:
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     with slurm_cluster(tmp_path_factory.mktemp("slurm")) as there, there.in_use():
         yield there
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """More threads only slow such small networks down."""
+    import torch  # not sooner: see above
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -172,7 +172,7 @@ def _jobs_in_file(url: str, weights: str | None, method: str | None) -> tuple[li
                     entry = entry.model_copy(update={"method": method})
                 folder = url.rpartition("/")[0]
                 source, output = (_beside(folder, location) for location in (entry.source, entry.output))
-                jobs.append(Job(source, output, _weights_for(entry, folder, weights, method), entry, place))
+                jobs.append(Job(source, output, _weights_for(entry, folder, weights), entry, place))
             except InputError as error:
                 problems.append(f"{place}: {error}")
     except (ValueError, RecursionError, csv.Error) as error:
@@ -263,14 +263,14 @@ def _entry(row: Mapping[str, Any]) -> Entry:
         raise InputError(wrong_keys(error)) from None
 
 
-def _weights_for(entry: Entry, folder: str, weights: str | None, method: str | None) -> str | None:
+def _weights_for(entry: Entry, folder: str, weights: str | None) -> str | None:
     """Its own, or the common ones; None for a filter. Raises InputError if its settings cannot be, or lack weights."""
-    method_of_it = entry.over(Options(method=Method(name=method))).method
+    method = entry.over(Options()).method
     if entry.weights is not None:
-        if method_of_it.filter:
-            raise InputError(f"the filter {method_of_it.name} needs no weights: leave them out, or name no filter")
+        if method.filter:
+            raise InputError(f"the filter {method.name} needs no weights: leave them out, or name no filter")
         return _beside(folder, entry.weights)
-    if method_of_it.filter:
+    if method.filter:
         return None
     if weights is None:
         raise InputError("it has no weights: name them there or give --weights, or name a filter as its method")

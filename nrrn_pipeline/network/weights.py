@@ -69,9 +69,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
 def parse_header(data: bytes, name: str | os.PathLike[str]) -> dict[str, Any]:
     """The same, of the bytes of a file of that name."""
     try:
-        deserialize(data)  # type: ignore[no-untyped-call]  # the whole file, as its header says nothing of bytes that lack
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(json.loads(data[8 : 8 + length]).get("__metadata__", {}).get("nrrn", "{}"))
+        header = parse_metadata(data)
     except (SafetensorError, ValueError, RecursionError, AttributeError, TypeError) as error:
         raise InputError(
             f"{name} is not a weights file ({error}): expected .safetensors by nrrn train or nrrn weights import"
@@ -83,6 +81,13 @@ def parse_header(data: bytes, name: str | os.PathLike[str]) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"{name} is damaged, or of a later version: its header's {error}") from error
     return header
+
+
+def parse_metadata(data: bytes) -> Any:
+    """What we wrote of a safetensors file's content into its metadata, {} if nothing. Raises what its parsers raise."""
+    deserialize(data)  # type: ignore[no-untyped-call]  # the whole file, as its header says nothing of bytes that lack
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(json.loads(data[8 : 8 + length]).get("__metadata__", {}).get("nrrn", "{}"))
 
 
 def architecture_of(header: dict[str, Any]) -> Architecture:

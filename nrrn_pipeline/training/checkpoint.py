@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, deserialize
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import InputError, RunError
+from nrrn_pipeline.network import parse_metadata
 from nrrn_pipeline.training.fit import Training
 
 FORMAT = "nrrn-training-1"
@@ -74,9 +75,7 @@ class Checkpoint:
 
 def _parsed(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Raises what safetensors and json do, and ValueError for a file of another kind."""
-    deserialize(data)  # type: ignore[no-untyped-call]  # the whole file, as its header says nothing of bytes that lack
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["nrrn"])
+    header = parse_metadata(data)
     if header["format"] != FORMAT:
         raise ValueError(f"its format is {header['format']!r:.40}")
     return header, load(data)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from nrrn_pipeline import Options, TrainSettings, denoise, open_volume, train
@@ -21,12 +19,7 @@ CROP = Path(__file__).parents[2] / "workflows/demo/fib25_crop.npz"
 SETTINGS = TrainSettings(units=1, channels=8, steps=300, batch=4, crop=48, device="cpu", seed=1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # counts beyond white are cut off: what is bright is darker in the mean, which clean slices alone can tell

@@ -29,13 +29,7 @@ from tests.support import bare_zarr, image_like, tiny_network
 TINY = TrainSettings(units=1, channels=4, steps=4, batch=2, crop=8, learning_rate=1e-2, device="cpu", loss="adjacent")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """More threads only slow such small networks down."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def unwatched(step: int, loss: float) -> None:
