@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,6 +39,12 @@ def until(condition: Callable[[], Any]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not come about"
         time.sleep(0.01)
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether the process has a handler of its own for a signal; Linux alone tells."""
+    (mask,) = re.findall(r"^SigCgt:\s*([0-9a-f]+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def begun(folder: Path) -> list[tuple[int, int]]:
@@ -207,7 +214,7 @@ def test_a_worker_that_has_to_go_while_it_starts_goes(scene: Scene, how: str) ->
     over = {} if how == "SIGTERM" else {STOP_AT: str(time.time() - 60), STOP_WITHIN_S: LONG_S}
     leaving = scene.start("leaving", **{GRACE_S: LONG_S}, **over)
     if how == "SIGTERM":
-        until(lambda: "Run preload setup" in (scene.folder / "leaving.log").read_text())
+        until(lambda: catches(leaving.pid, signal.SIGUSR2))  # by then SIGTERM too, which Dask's own program also catches
         leaving.send_signal(signal.SIGTERM)
     assert leaving.wait(20) == 0
     assert scene.departures() == [True]
