@@ -33,6 +33,10 @@ class RunError(NrrnError):
     """Something that began could not finish; what a run has done is kept, and the message says what to do next."""
 
 
+class DivergedError(RunError):
+    """Training's loss, or its weights, are no finite numbers any more."""
+
+
 class SlabsFailedError(RunError):
     """Some slabs failed on every attempt, all others are done; the message names each, one a line."""
 

@@ -1,150 +1,174 @@
-"""How strong the noise of a volume is at each level of its signal, and whether it is white; from noisy slices alone.
+"""The noise of a volume as a model: its strength by the signal, and the levels beyond which voxels are cut off.
 
     variance(signal) = gain * signal + offset        in grey levels, squared
 
-Counting noise has a gain, noise of the electronics an offset. Source: Foi, Trimeche, Katkovnik & Egiazarian, "Practical
-Poissonian-Gaussian noise modeling and fitting for single-image raw-data" (IEEE TIP 2008): details that hold next to no
-signal, sorted by the signal that they lie on, away from edges. Ours are second differences along y and x.
+Counting noise has a gain, noise of the electronics an offset. What exceeds the darkest or brightest level that a file
+holds is cut off there, which makes noise look weaker, and the mean of voxels wrong. Source: Foi, "Clipped noisy images:
+heteroskedastic modeling and practical denoising" (Signal Processing 2009).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import convolve1d, gaussian_filter, maximum_filter, minimum_filter, uniform_filter
-
-from nrrn_pipeline.errors import InputError
+from scipy.ndimage import uniform_filter
+from scipy.optimize import least_squares
+from scipy.special import ndtr
+from scipy.stats import poisson
 
 Floats = NDArray[np.float64]
 
-DIFFERENCE = np.array([1.0, -2.0, 1.0]) / np.sqrt(6)  # turns white noise into noise of the same variance
-SIGNAL, EDGE = 7, 3.0  # the signal at a voxel is a mean over 7 x 7; edges are looked for behind a Gaussian of 3
-MARGIN = 4  # voxels at a slice's border, which filters see mirrored
-LEVELS = 16  # of signal, with as many voxels each
-LEAST_SIDE = 4 * MARGIN
-LEAST_VOXELS, LEAST_IN_SLICE = 4096, 64  # away from edges
-MEDIAN = 0.6745  # of |x|, for a standard normal x
-BEYOND = 3.5  # standard deviations: details that are structure
+SIGNAL = 7  # the signal at a voxel is a mean over 7 x 7
+GRID = 256  # signals, between which what a camera makes of them is interpolated
+FAR = 40.0  # standard deviations: no voxel of normal noise lies there
+SURELY_CUT = 1e-3  # share of the voxels at an extreme level: where noise ends by itself there are fewer
+LEAST_CUT, LEAST_CUT_VOXELS = 1e-5, 16  # share and number of them that count if the next level has less
+MOST_COUNTS = 128  # at white: with more, counting noise is as good as normal
+LEAST_SPACING = 3  # grey levels between counts: those of integers are rounded
+IRREGULAR = 0.02  # of the spacing of counts, beside what rounding does
 
 
 @dataclass(frozen=True)
 class NoiseModel:
-    """Noise whose variance is gain * signal + offset, and `least` where that is less; grey levels squared."""
+    """Noise whose variance is gain * signal + offset, and `least` where that is less; grey levels squared.
+
+    It is normal, or with `counts` the voxels are `gain` times Poisson counts. black, white: levels beyond which voxels
+    were cut off; None: nothing was.
+    """
 
     gain: float
     offset: float
     least: float
+    counts: bool = False
+    black: float | None = None
+    white: float | None = None
 
     def sigma(self, signal: NDArray[Any]) -> Floats:
-        """Standard deviation of the noise on voxels of that signal, both in grey levels."""
+        """Standard deviation of the noise on voxels of that signal, both in grey levels, before any cut."""
         return np.sqrt(np.maximum(self.gain * np.asarray(signal, np.float64) + self.offset, self.least))
 
-    def sigma_in(self, noisy: NDArray[Any]) -> Floats:
-        """(..., y, x) noisy slices -> the standard deviation of the noise at each of their voxels, in grey levels."""
-        return self.sigma(signal_in(noisy))
+    def as_seen(self, signal: NDArray[Any]) -> tuple[Floats, Floats]:
+        """(n,) signals -> mean and standard deviation of voxels of that signal, with what was cut off."""
+        signal = np.asarray(signal, np.float64)
+        if self.black is None and self.white is None:
+            return signal, self.sigma(signal)
+        if self.counts:
+            most = self.counts_at_white
+            counts = np.arange(most + 1)
+            chances = poisson.pmf(counts, np.maximum(signal, 0)[:, None] / self.gain)
+            chances[:, -1] += poisson.sf(most, np.maximum(signal, 0) / self.gain)
+            mean = chances @ counts
+            return mean * self.gain, np.sqrt(chances @ counts**2 - mean**2) * self.gain
+        sigma = self.sigma(signal)
+        low = -FAR if self.black is None else np.clip((self.black - signal) / sigma, -FAR, FAR)
+        high = FAR if self.white is None else np.clip((self.white - signal) / sigma, -FAR, FAR)
+        below, above = ndtr(low), ndtr(-high)
+        at_low, at_high = (np.exp(-np.square(at) / 2) / np.sqrt(2 * np.pi) for at in (low, high))
+        mean = low * below + at_low - at_high + high * above
+        power = low**2 * below + (1 - below - above) + low * at_low - high * at_high + high**2 * above
+        return signal + sigma * mean, sigma * np.sqrt(np.maximum(power - mean**2, 0))
+
+    def signal_in(self, noisy: NDArray[Any]) -> Floats:
+        """(..., y, x) noisy slices -> their signal as far as noise depends on it, in grey levels.
+
+        The mean of SIGNAL x SIGNAL voxels; where some of these were cut off, of what they were before.
+        """
+        means = local_means(noisy)
+        if self.black is None and self.white is None:
+            return means
+        seen, signals = self._seen_by_signal(float(means.min()), float(means.max()))
+        found: Floats = np.interp(means, seen, signals)
+        return found
+
+    @property
+    def counts_at_white(self) -> int:
+        """The most that a voxel of counts can show, where anything is cut off."""
+        return 0 if self.white is None else round(self.white / self.gain)
+
+    def _seen_by_signal(self, least: float, most: float) -> tuple[Floats, Floats]:
+        """(GRID,) means of voxels, ascending, and the signals that they are of, up to the levels of the cut."""
+        start = min(least, 0.0) if self.counts else least if self.black is None else self.black
+        stop = most if self.white is None else self.white
+        signals = np.linspace(start, stop, GRID)
+        return np.maximum.accumulate(self.as_seen(signals)[0]), signals
 
 
-@dataclass(frozen=True)
-class NoiseCurve:
-    """(LEVELS,) signal, the noise's standard deviation on it, both in grey levels, and the model fitted to them."""
-
-    signal: tuple[float, ...]
-    sigma: tuple[float, ...]
-    model: NoiseModel
-
-
-def measure_curve(slices: Sequence[NDArray[Any]]) -> NoiseCurve:
-    """The noise of (y, x) slices by their signal. It is taken for white; see `neighbour_noise`.
-
-    The half of all voxels that is farthest from edges is sorted by signal into LEVELS groups of one size. Raises
-    InputError for fewer than LEAST_VOXELS such voxels, or if there is no noise.
-    """
-    found = [_smooth_half(each) for each in slices]
-    signal, details = (np.concatenate(each) for each in zip(*found, strict=True))
-    if signal.size < LEAST_VOXELS:
-        raise InputError(f"noise cannot be measured on slices of {signal.size} smooth voxels: give {LEAST_VOXELS}")
-    groups = np.array_split(np.argsort(signal, kind="stable"), LEVELS)
-    levels = np.array([signal[group].mean() for group in groups])
-    sigma = np.array([spread(details[group]) for group in groups])
-    if not sigma.all():
-        raise InputError("no noise can be measured: slices are flat in places, as synthetic ones are")
-    return NoiseCurve(tuple(levels), tuple(sigma), _fitted(levels, sigma))
-
-
-def signal_in(noisy: NDArray[Any]) -> Floats:
-    """(..., y, x) noisy slices -> their signal as far as noise depends on it: the mean of SIGNAL x SIGNAL voxels."""
+def local_means(noisy: NDArray[Any]) -> Floats:
+    """(..., y, x) -> the mean of the SIGNAL x SIGNAL voxels around each."""
     found: Floats = uniform_filter(noisy.astype(np.float64), SIGNAL, axes=(-2, -1))
     return found
 
 
-def slice_sigma(plane: NDArray[Any]) -> float:
-    """Standard deviation of a (y, x) slice's noise, whatever its signal, in grey levels; it is taken for white.
+def fitted(signal: Floats, sigma: Floats, voxels: NDArray[Any]) -> NoiseModel:
+    """The model of the (n,) standard deviations measured on (n,) mean levels of `voxels`; in any unit.
 
-    0 where there are too few voxels to be measured.
+    Voxels that take few levels, evenly spaced from 0, are counts; an extreme level that holds more of them than the
+    next one is where others were cut off.
     """
-    details = _smooth_half(plane)[1]
-    return spread(details) if details.size >= LEAST_IN_SLICE else 0.0
+    levels, held = np.unique(voxels, return_counts=True)
+    black, white = (_limit(levels[order], held[order]) for order in (np.s_[:], np.s_[::-1]))
+    linear = _linear(signal, sigma)
+    spacing = _spacing(levels[held >= LEAST_CUT_VOXELS], rounded=bool((levels % 1 == 0).all()))
+    if spacing is not None:
+        counts = NoiseModel(spacing, 0.0, linear.least, True, None, white)
+        if _misfit(counts, signal, sigma) <= 1.5 * max(0.05, _misfit(linear, signal, sigma)):
+            return counts
+    if black is None and white is None:
+        return linear
+    return _uncut(replace(linear, black=black, white=white), signal, sigma)
 
 
-def spread(details: Floats) -> float:
-    """Standard deviation of all but the few values beyond BEYOND of it, which are structure."""
-    found = float(np.median(np.abs(details))) / MEDIAN or float(details.std())  # 0 if most counts are equal
-    for _ in range(3):
-        found = float(details[np.abs(details) <= BEYOND * found].std())
-    return found
+def _limit(levels: NDArray[Any], held: NDArray[np.int_]) -> float | None:
+    """The first level, if as many voxels lie on it as only a cut can bring there."""
+    if len(levels) < 2 or held[0] < LEAST_CUT_VOXELS:
+        return None
+    share = held[0] / held.sum()
+    return float(levels[0]) if share >= SURELY_CUT or (share >= LEAST_CUT and held[0] > held[1]) else None
 
 
-def neighbour_noise(plane: NDArray[Any]) -> tuple[float, float]:
-    """How far the noise of voxels beside each other along y, and along x, correlates: 0 for white noise.
-
-    From the correlation c of successive details, which is -2/3 for white noise, as if voxels farther apart shared
-    nothing: c = (7 r - 4) / (6 - 8 r). Stripes, the same offset for a whole scan line, are not seen. 0 where nothing
-    can be measured.
-    """
-    _, details, smooth = _parts(plane)
-    found = []
-    for along, counts in ((details, smooth), (details.T, smooth.T)):
-        pairs = counts[1:] & counts[:-1]
-        first, second = along[:-1][pairs], along[1:][pairs]
-        limit = BEYOND * spread(along[counts]) if pairs.any() else 0.0
-        inside = (np.abs(first) <= limit) & (np.abs(second) <= limit)
-        power = float(np.square(first[inside]).sum() + np.square(second[inside]).sum()) / 2
-        c = float((first[inside] * second[inside]).sum()) / power if power > 0 else -2 / 3
-        found.append((6 * c + 4) / (7 + 8 * c))
-    return found[0], found[1]
+def _spacing(levels: NDArray[Any], rounded: bool) -> float | None:
+    """The distance between the levels, if they are successive counts."""
+    if not 2 <= len(levels) <= MOST_COUNTS:
+        return None
+    counts = np.rint(levels[0] / np.ptp(levels) * (len(levels) - 1)) + np.arange(len(levels))
+    spacing = float(levels @ counts / (counts @ counts))
+    off = np.abs(levels - spacing * counts).max()
+    regular = spacing > LEAST_SPACING if rounded else spacing > 0
+    return spacing if regular and off <= IRREGULAR * spacing + 0.5 * rounded else None
 
 
-def _parts(plane: NDArray[Any]) -> tuple[Floats, Floats, NDArray[np.bool_]]:
-    """(y, x) signal, details, and which voxels are farther from edges than the other half; no borders.
-
-    What is exactly flat, as the frame around an aligned slice or a saturated part, holds no noise, and is not counted.
-    Raises InputError for a slice that is too small.
-    """
-    if min(plane.shape) < LEAST_SIDE:
-        raise InputError(f"noise cannot be measured on slices of {plane.shape} voxels: {LEAST_SIDE} a side are needed")
-    values = plane.astype(np.float64)
-    inside = np.s_[MARGIN:-MARGIN, MARGIN:-MARGIN]
-    details = convolve1d(convolve1d(values, DIFFERENCE, axis=0), DIFFERENCE, axis=1)
-    slope = np.hypot(*np.gradient(gaussian_filter(values, EDGE)))
-    rough = (maximum_filter(values, SIGNAL) > minimum_filter(values, SIGNAL))[inside]
-    limit = np.median(slope[inside][rough]) if rough.any() else 0.0
-    return signal_in(values)[inside], details[inside], rough & (slope[inside] <= limit)
-
-
-def _smooth_half(plane: NDArray[Any]) -> tuple[Floats, Floats]:
-    """Signal and details of the voxels that are farther from edges than the other half."""
-    signal, details, smooth = _parts(plane)
-    return signal[smooth], details[smooth]
-
-
-def _fitted(signal: Floats, sigma: Floats) -> NoiseModel:
-    """By least squares of relative errors, as the spread of a variance grows with it; in any unit."""
+def _linear(signal: Floats, sigma: Floats) -> NoiseModel:
+    """By least squares of relative errors, as the spread of a variance grows with it."""
     unit, level = float(np.abs(signal).max()) or 1.0, float(np.median(sigma))
     weight = np.square(level / sigma)
     terms = np.stack([signal / unit * weight, weight], axis=1)
     gain, offset = np.linalg.lstsq(terms, np.ones_like(signal), rcond=None)[0]
     return NoiseModel(float(gain) * level**2 / unit, float(offset) * level**2, float(np.square(sigma).min()))
+
+
+def _uncut(start: NoiseModel, signal: Floats, sigma: Floats) -> NoiseModel:
+    """The model that, behind its cuts, looks most like what was measured; looked for from `start`."""
+    unit, level = float(np.abs(signal).max()) or 1.0, float(np.median(sigma))
+
+    def model(found: Floats) -> NoiseModel:
+        return replace(start, gain=float(found[0]) * level**2 / unit, offset=float(found[1]) * level**2)
+
+    def errors(found: Floats) -> Floats:
+        return _errors(model(found), signal, sigma)
+
+    first = np.array([start.gain * unit, start.offset]) / level**2
+    return model(least_squares(errors, first, loss="soft_l1", f_scale=0.1).x)
+
+
+def _errors(model: NoiseModel, signal: Floats, sigma: Floats) -> Floats:
+    """Of each standard deviation that the model would show, relative to the one measured on that mean level."""
+    seen, signals = model._seen_by_signal(float(signal.min()), float(signal.max()))
+    shown = np.interp(signal, seen, model.as_seen(signals)[1])
+    return shown / sigma - 1
+
+
+def _misfit(model: NoiseModel, signal: Floats, sigma: Floats) -> float:
+    return float(np.median(np.abs(_errors(model, signal, sigma))))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Span
-from nrrn_pipeline.noise_model import NoiseCurve, measure_curve, neighbour_noise, slice_sigma
+from nrrn_pipeline.noise_details import NoiseCurve, measure_curve, neighbour_noise, slice_sigma
 from nrrn_pipeline.volume import Volume, read_box
 
 CROP = (3, 256, 256)  # voxels along z, y, x

@@ -249,6 +249,12 @@ def train(
         int | None,
         typer.Option(help="Steps after which the rate is halved; 0: never (default: it falls along a cosine)."),
     ] = None,
+    hold_out: Annotated[
+        float, typer.Option(help="Share of the slices to validate on; the weights that do best there are written.")
+    ] = TrainSettings.hold_out,
+    patience: Annotated[
+        int, typer.Option(help="Looks at these, of 20, that may find nothing better in a row; 0: any number.")
+    ] = TrainSettings.patience,
     seed: Annotated[int, typer.Option(help="Of weights, crops and flips.")] = 0,
     level: LevelNumber = 0,
     device: Device = "auto",
@@ -269,6 +275,8 @@ def train(
         crop=crop,
         learning_rate=learning_rate,
         halve_every=halve_every,
+        hold_out=hold_out,
+        patience=patience,
         seed=seed,
         device=device,
     )
@@ -283,6 +291,13 @@ def train(
     said = network_text(settings.architecture)
     why = f", as {record[CHOSEN]}" if CHOSEN in record else ""
     out.print(f"{weights}: {said}, loss {record['settings']['loss']}{why}")
+    if (validation := record.get("validation")) is not None:
+        looks = dict(validation["step_and_loss"])
+        at, taken = validation["best_step"], record["steps_taken"]
+        out.print(
+            f"on {counted(len(validation['slices']), 'slice')} held out the loss fell from {looks[min(looks)]:.4f} to "
+            f"{looks[at]:.4f} at step {at} of {taken}" + (", where it stopped early" if taken < steps else "")
+        )
 
 
 @weights_app.command("import")

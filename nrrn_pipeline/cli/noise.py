@@ -46,13 +46,16 @@ def noise(
 def _rows(found: VolumeNoise) -> dict[str, str]:
     curve, sigma = found.curve, np.array(found.sigma)
     strong, model = sigma[sigma > 0], found.curve.model
+    ends = {"black": model.black, "white": model.white}
     loss, why = loss_for(found, Architecture.published("nrrn"))
     named = ", ".join(f"{z} ({sigma[z]:.3g})" for z in found.outliers[:MOST_NAMED])
     more = f" and {len(found.outliers) - MOST_NAMED} more" if len(found.outliers) > MOST_NAMED else ""
     return {
         "noise": f"{np.median(strong):.3g} grey levels, median of {counted(len(strong), 'slice')}",
         "by signal": f"{curve.sigma[0]:.3g} at {curve.signal[0]:.3g}, {curve.sigma[-1]:.3g} at {curve.signal[-1]:.3g}; "
-        f"variance = {model.gain:.3g} x signal + {model.offset:.3g}",
+        f"variance = {model.gain:.3g} x signal + {model.offset:.3g}"
+        + (f": counts, each of {model.gain:.4g} grey levels" if model.counts else ""),
+        "cut off": " and ".join(f"at {name} ({at:g})" for name, at in ends.items() if at is not None) or "nowhere",
         "along z": " -> ".join(f"{np.median(part):.3g}" for part in np.array_split(strong, min(5, len(strong)))),
         "unlike their neighbours": f"slices {named}{more}" if named else "no slices",
         "successive slices": f"correlate by {found.likeness:.2f}",

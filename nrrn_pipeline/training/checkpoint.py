@@ -9,8 +9,6 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -18,10 +16,10 @@ from torch import Tensor
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.network import parse_metadata
-from nrrn_pipeline.training.fit import Training
+from nrrn_pipeline.training.course import Course
 
-FORMAT = "nrrn-training-1"
-MAX_BYTES = 2**33  # of a network and twice as much
+FORMAT = "nrrn-training-2"
+MAX_BYTES = 2**33  # of a network and three times as much
 
 
 @dataclass(frozen=True)
@@ -31,34 +29,33 @@ class Checkpoint:
     url: str
     asked: dict[str, Any]
 
-    def write(self, training: Training, losses: list[float], seconds: float) -> None:
+    def write(self, course: Course) -> None:
         """Replace it. Raises RunError if that fails: the one before is still there."""
-        header = {"format": FORMAT, "taken": training.taken, "seconds": seconds, "asked": self.asked}
-        tensors = training.state() | {"losses": torch.tensor(losses, dtype=torch.float64)}
+        taken = course.training.taken
+        header = {"format": FORMAT, "taken": taken, "seconds": course.seconds, "asked": self.asked}
         try:
-            storage.write_file(self.url, save(tensors, metadata={"nrrn": json.dumps(header)}))
+            storage.write_file(self.url, save(course.state(), metadata={"nrrn": json.dumps(header)}))
         except OSError as error:
             raise RunError(
-                f"the checkpoint {self.url} cannot be written at step {training.taken}: {error.strerror or error}; "
+                f"the checkpoint {self.url} cannot be written at step {taken}: {error.strerror or error}; "
                 "make room and run it again: it goes on from the checkpoint before, if there is one"
             ) from error
 
-    def restore(self, training: Training) -> tuple[list[float], float]:
-        """Put a training where the file is; its losses and seconds so far. None and 0 without a file.
+    def restore(self, course: Course) -> None:
+        """Put a course where the file is; without one it begins.
 
         Raises InputError if the file is of a training that asked for something else, or is damaged.
         """
         data = storage.read_agreed(self.url, MAX_BYTES)
         if data is None:
-            return [], 0.0
+            return
         try:
             header, tensors = _parsed(data)
             asked, taken, seconds = header["asked"], int(header["taken"]), float(header["seconds"])
-            losses = np.asarray(tensors.pop("losses")).tolist()
             differ = [name for name, now in self.asked.items() if asked.get(name) != now]
             changes = [f"{name} was {asked.get(name)}, now {self.asked[name]}" for name in differ]
             if not changes:
-                training.restore(taken, tensors)
+                course.restore(taken, seconds, tensors)
         except (SafetensorError, LookupError, ValueError, TypeError, RuntimeError, AttributeError) as error:
             raise InputError(f"the checkpoint {self.url} is damaged ({error}): delete it, to begin anew") from error
         if changes:
@@ -66,10 +63,9 @@ class Checkpoint:
                 f"{self.url} is of another training: {'; '.join(changes)}. Ask for the same, to go on with it, or "
                 "delete it"
             )
-        return losses, seconds
 
     def remove(self) -> None:
-        """The weights are written."""
+        """It is of no use any more."""
         storage.remove_file(self.url)
 
 

@@ -7,7 +7,7 @@ known ("recorrupted"), or a clean one too ("clean").
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nrrn_pipeline.errors import InputError, RunError
+from nrrn_pipeline.errors import DivergedError, InputError
 from nrrn_pipeline.network import KINDS, Architecture, DenoisingNetwork, choose_device, default_inputs
 from nrrn_pipeline.training.blind_spot import with_blind_spots
-from nrrn_pipeline.training.loss import adjacent_slices_loss, blind_spot_loss, clean_loss, recorrupted
+from nrrn_pipeline.training.loss import adjacent_slices_loss, blind_spot_loss, clean_loss
 
 GRADIENT = 1.0  # the longest that is taken as it is: a rare batch must not undo what many did
 WARM_UP = 20  # steps in which the learning rate rises, before it falls along a cosine
 
 AUTO = "auto"
+HELD_OUT = 1  # in the key of random numbers that are no step's
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of each weight
 
 OnStep = Callable[[int, float], None]  # is told each step and its loss
@@ -35,8 +36,9 @@ class TrainSettings:
 
     crop: side in voxels. learning_rate: Adam's at its highest; it falls along a cosine, or by half every `halve_every`
     steps (vEMden's way; 0: never, the paper's). network, units, channels, inputs: as of Architecture. loss: a key of
-    LOSSES, or "auto", by the volume's noise. checkpoint_s: seconds between two checkpoints. None: 2 units, 16 channels
-    and a rate of 0.02 for NRRN; for its peers what was published, and 0.001.
+    LOSSES, or "auto", by the volume's noise. checkpoint_s: seconds between two checkpoints. hold_out: share of the
+    slices that validation takes; patience: how many of its looks in a row may find nothing better (0: any number).
+    None: 2 units, 16 channels and a rate of 0.02 for NRRN; for its peers what was published, and 0.001.
     """
 
     units: int | None = None
@@ -52,13 +54,17 @@ class TrainSettings:
     inputs: str | None = None
     loss: str = AUTO
     checkpoint_s: float = 300.0
+    hold_out: float = 0.1
+    patience: int = 10
 
     def __post_init__(self) -> None:
         """Raises InputError for numbers that no network can be trained with."""
         for name in ("units", "channels", "steps", "batch", "crop"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} {getattr(self, name)} is not possible: use 1 or more")
-        for name in ("halve_every", "seed"):
+        if not 0 <= self.hold_out <= 0.5:
+            raise InputError(f"hold out {self.hold_out} is not possible: use 0 (nothing) to 0.5")
+        for name in ("halve_every", "seed", "patience"):
             if not 0 <= (getattr(self, name) or 0) < 2**63:
                 raise InputError(f"{name.replace('_', ' ')} {getattr(self, name)} is not possible: use 0 or more")
         if not 0 < self.highest_rate <= 1:
@@ -114,9 +120,10 @@ class Training:
     def take(self, batch: Tensor) -> float:
         """One step down the loss on a batch of normalised triplets; that loss.
 
-        Batches are (n, 3, y, x); for loss clean (n, 4, y, x): the triplet, then the clean centre slice; for recorrupted
-        the triplet, then the standard deviation of the centre slice's noise, all normalised as that slice is. Raises
-        InputError for crops that are too small, RunError if the loss is no finite number any more.
+        Batches are (n, 3, y, x); for loss clean (n, 4, y, x): the triplet, then the clean centre slice, normalised as
+        the noisy one is; for recorrupted the centre slice is one recorruption, and last comes the other. Raises
+        InputError for crops that are too small, DivergedError if the loss is no finite number any more: the weights are
+        those after the step before, then.
         """
         pixels = math.prod(-(-length // self.network.architecture.grid) for length in batch.shape[2:])
         if len(batch) * pixels < 2:
@@ -126,16 +133,27 @@ class Training:
         for group in self.optimiser.param_groups:
             group["lr"] = self.settings.highest_rate * _rate(self.settings, self.taken)
         loss = LOSSES[self.settings.loss](self.network, batch.to(self.device), _random(self.settings, self.taken))
+        if not torch.isfinite(loss):
+            raise DivergedError(
+                f"training failed at step {self.taken + 1}: the loss is {loss.item()}; use a lower --learning-rate"
+            )
         self.optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT)
         self.optimiser.step()
         self.taken += 1
-        if not torch.isfinite(loss):
-            raise RunError(
-                f"training failed at step {self.taken}: the loss is {loss.item()}; use a lower --learning-rate"
-            )
         return loss.item()
+
+    @torch.no_grad()
+    def measure(self, batches: Sequence[Tensor]) -> float:
+        """Mean loss on batches that it does not learn from; what is drawn at random is so alike each time."""
+        self.network.eval()
+        losses = [
+            LOSSES[self.settings.loss](self.network, batch.to(self.device), _random(self.settings, number, HELD_OUT))
+            for number, batch in enumerate(batches)
+        ]
+        self.network.train()
+        return float(torch.stack(losses).mean())
 
     def state(self) -> dict[str, Tensor]:
         """After a step or more, all that the next one depends on, beside the settings and `taken`."""
@@ -144,7 +162,7 @@ class Training:
             tensors |= {f"{moment}.{name}": self.optimiser.state[parameter][moment] for moment in MOMENTS}
         return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
-    def restore(self, taken: int, state: dict[str, Tensor]) -> None:
+    def restore(self, taken: int, state: Mapping[str, Tensor]) -> None:
         """Go on where another one with the same settings was. Raises LookupError or RuntimeError for another state."""
         own = self.network.state_dict()
         self.network.load_state_dict({name: state[f"network.{name}"] for name in own})
@@ -154,9 +172,9 @@ class Training:
         self.taken = taken
 
     def finished(self) -> DenoisingNetwork:
-        """The network, ready to infer. Raises RunError if its weights are not finite numbers."""
+        """The network, ready to infer. Raises DivergedError if its weights are not finite numbers."""
         if not all(torch.isfinite(tensor).all() for tensor in self.network.state_dict().values()):
-            raise RunError("training failed at its last step: weights are not finite; use a lower --learning-rate")
+            raise DivergedError("training failed at its last step: weights are not finite; use a lower --learning-rate")
         return self.network.eval().requires_grad_(False)
 
 
@@ -169,9 +187,9 @@ def fit(batches: Iterator[Tensor], settings: TrainSettings, on_step: OnStep) -> 
     return training.finished()
 
 
-def _random(settings: TrainSettings, step: int) -> torch.Generator:
+def _random(settings: TrainSettings, *key: int) -> torch.Generator:
     """Of one step alone, and on the CPU, so that every device draws the same."""
-    mixed = np.random.SeedSequence((settings.seed, step)).generate_state(1, np.uint64)[0]
+    mixed = np.random.SeedSequence((settings.seed, *key)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
 
 
@@ -198,17 +216,10 @@ def _blind_spot(network: DenoisingNetwork, triplet: Tensor, random: torch.Genera
     return blind_spot_loss(network.estimate(blinded), triplet[:, 1:2], hidden)
 
 
-def _recorrupted(network: DenoisingNetwork, batch: Tensor, random: torch.Generator) -> Tensor:
-    before, centre, after, sigma = batch.split(1, dim=1)
-    noise = torch.randn(centre.shape, generator=random).to(centre.device) * sigma
-    seen, asked = recorrupted(centre, noise)
-    return clean_loss(network.estimate(torch.cat([before, seen, after], dim=1)), asked)
-
-
 Loss = Callable[[DenoisingNetwork, Tensor, torch.Generator], Tensor]
 LOSSES: dict[str, Loss] = {
     "adjacent": _adjacent,
-    "recorrupted": _recorrupted,
+    "recorrupted": _clean,  # the other recorruption stands for the clean slice
     "blind-spot": _blind_spot,
     "clean": _clean,
 }

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-RECORRUPTION = 0.5  # Pang et al.'s alpha: noise added, in standard deviations of the noise that is there
-
 
 def adjacent_slices_loss(from_before: Tensor, from_after: Tensor, triplet: Tensor) -> Tensor:
     """The paper's eq. 3: each branch is asked for the neighbour that it has not seen; no clean data.
@@ -19,7 +17,7 @@ def adjacent_slices_loss(from_before: Tensor, from_after: Tensor, triplet: Tenso
 
 
 def clean_loss(estimate: Tensor, clean: Tensor) -> Tensor:
-    """Mean squared error against the clean slice ("N2C"), both (n, 1, y, x), normalised alike."""
+    """Mean squared error against the clean slice ("N2C"), or one that stands for it; (n, 1, y, x), normalised alike."""
     return (estimate - clean).square().mean()
 
 
@@ -30,14 +28,3 @@ def blind_spot_loss(estimate: Tensor, noisy: Tensor, blind: Tensor) -> Tensor:
     slice; but a pixel's noise has to be independent of that of the pixels around it.
     """
     return (estimate - noisy)[blind].square().mean()
-
-
-def recorrupted(noisy: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """A noisy slice, and noise of the same distribution drawn anew -> (what the network sees, what it is asked for).
-
-    Both noisy + RECORRUPTION * noise and noisy - noise / RECORRUPTION are the clean slice with noise added, and of
-    Gaussian noise the two are independent: so the network learns what it would from clean slices, whose expected loss
-    is this one's less a constant. Source: Pang, Zheng, Quan & Ji, "Recorrupted-to-Recorrupted: Unsupervised deep
-    learning for image denoising" (CVPR 2021). No clean data, one noisy image of each slice, noise of known strength.
-    """
-    return noisy + RECORRUPTION * noise, noisy - noise / RECORRUPTION

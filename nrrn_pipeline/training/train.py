@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from dataclasses import asdict, replace
@@ -10,14 +11,15 @@ from time import perf_counter
 from typing import Any
 
 from nrrn_pipeline import storage
-from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.errors import DivergedError, InputError
 from nrrn_pipeline.network import choose_device, weights_bytes
-from nrrn_pipeline.noise_model import NoiseCurve
+from nrrn_pipeline.noise_details import NoiseCurve
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.training.checkpoint import Checkpoint
 from nrrn_pipeline.training.choosing import loss_for
+from nrrn_pipeline.training.course import LOOKED_AT, Course
 from nrrn_pipeline.training.fit import AUTO, OnStep, Training, TrainSettings
-from nrrn_pipeline.training.triplets import triplets
+from nrrn_pipeline.training.triplets import Triplets, triplets
 from nrrn_pipeline.volume import Volume, open_volume
 from nrrn_pipeline.volume_noise import measure_volume, noise_of
 
@@ -48,8 +50,11 @@ def train(
     Clean data are for the loss "clean" alone: a volume of the source's shape and dtype. The loss "auto" is "clean" if
     there is one, else it depends on the volume's noise; the record says what was chosen, and why.
 
-    Raises InputError if the volume or the settings do not allow it, or `weights` exists or cannot be written; RunError
-    if training diverges.
+    A tenth of the slices is held out: the weights are those that did best on them, and training stops early once it
+    does no better. Of a training that diverges the best weights until then are kept beside `weights`.
+
+    Raises InputError if the volume or the settings do not allow it, or `weights` exists or cannot be written;
+    DivergedError if training diverges; RunError if a checkpoint cannot be written.
     """
     settings = (settings or TrainSettings()).spelt_out
     choose_device(settings.device)
@@ -61,22 +66,27 @@ def train(
     asked |= {"source": volume.url, "source shape": list(volume.shape), "source dtype": volume.dtype}
     asked |= {"clean": truth and truth.url, "noise": noise and asdict(noise.model), OUTLIERS: chosen.get(OUTLIERS)}
     checkpoint = Checkpoint(f"{absolute(weights)}.checkpoint", asked)
-    training = Training(settings)
-    losses, before_s = checkpoint.restore(training)
-    started = perf_counter()
-    model, outliers = noise.model if noise else None, chosen.get(OUTLIERS, ())
-    batches = triplets(volume, settings, truth, model, outliers, training.taken)
-    written = started
-    while training.taken < settings.steps:
-        losses.append(training.take(next(batches)))
-        if on_step is not None:
-            on_step(training.taken, losses[-1])
-        if perf_counter() - written >= settings.checkpoint_s:
-            checkpoint.write(training, losses, before_s + perf_counter() - started)
-            written = perf_counter()
-    network = training.finished()
-    tail = losses[-max(1, len(losses) // 10) :]
+    course = Course(Training(settings))
+    checkpoint.restore(course)  # before anything that takes long
+    crops = triplets(volume, settings, truth, noise.model if noise else None, chosen.get(OUTLIERS, ()))
+    course.held_out = crops.validation(LOOKED_AT)
     known = {**chosen, "clean": truth and truth.url, "noise": noise and asdict(noise)}
+    try:
+        _take_all(course, crops, checkpoint, on_step)
+        record = _record(course, crops, known)
+        storage.write_file(absolute(weights), weights_bytes(course.finished(), record))
+    except DivergedError as error:
+        kept = _keep_last_good(course, weights, _record(course, crops, {**known, "stopped": str(error)}))
+        checkpoint.remove()  # it would lead here again
+        raise DivergedError(f"{error}{kept}") from error
+    checkpoint.remove()
+    return record
+
+
+def _record(course: Course, crops: Triplets, known: dict[str, Any]) -> dict[str, Any]:
+    """What the weights' file says of how they were made; of what is `known`, but for what is None."""
+    volume, settings = crops.volume, crops.settings
+    tail = course.losses[-max(1, len(course.losses) // 10) :] or [math.nan]
     record = {
         "loss": LOSS_NAMES[settings.loss],
         "source": volume.url,
@@ -85,14 +95,41 @@ def train(
         "dtype": volume.dtype,
         "voxel_nm": volume.voxel_nm,
         "settings": asdict(settings),
+        "steps_taken": len(course.losses),
         "mean_loss_of_last_tenth": sum(tail) / len(tail),
-        "seconds": round(before_s + perf_counter() - started, 1),
+        "seconds": round(course.seconds, 1),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("nrrn-pipeline", "torch", "numpy")},
     }
-    storage.write_file(absolute(weights), weights_bytes(network, record))
-    checkpoint.remove()
+    if (best := course.best_look()) is not None:
+        slices = sorted(z for _, z in crops.held_out)
+        record["validation"] = {"slices": slices, "best_step": best[0], "step_and_loss": course.looks}
     return record
+
+
+def _keep_last_good(course: Course, weights: Location, record: dict[str, Any]) -> str:
+    """Write the best weights that a training had which diverged, if it had any; where, for people."""
+    if not course.losses:
+        return ""
+    url = f"{absolute(weights).removesuffix('.safetensors')}.last-good.safetensors"
+    try:
+        storage.write_file(url, weights_bytes(course.finished(), record))
+    except DivergedError:  # they are no good
+        return ""
+    return f"; the last good weights are in {url}"
+
+
+def _take_all(course: Course, crops: Triplets, checkpoint: Checkpoint, on_step: OnStep | None) -> None:
+    """All steps that are left, with a checkpoint now and then."""
+    training, written = course.training, perf_counter()
+    batches = crops.batches(training.taken)
+    while not course.is_over:
+        course.take(next(batches))
+        if on_step is not None:
+            on_step(training.taken, course.losses[-1])
+        if perf_counter() - written >= training.settings.checkpoint_s:
+            checkpoint.write(course)
+            written = perf_counter()
 
 
 def _settled(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Any
@@ -18,12 +19,69 @@ from nrrn_pipeline.noise_model import NoiseModel
 from nrrn_pipeline.run import measured
 from nrrn_pipeline.runners import run_serially
 from nrrn_pipeline.statistics import SliceStatistics, measure_box, merge_boxes, statistics_boxes
-from nrrn_pipeline.training.fit import TrainSettings
+from nrrn_pipeline.training.fit import HELD_OUT, TrainSettings
+from nrrn_pipeline.training.recorruption import recorrupted
 from nrrn_pipeline.volume import Volume, read_box
 from nrrn_pipeline.volume_noise import noise_of
 
 SLICES = 128  # enough to train on; more would cost a pass over the whole volume for their statistics
 RUN = 16  # consecutive slices read together, or a chunk's depth if that is more
+
+
+Place = tuple[SliceStatistics, int]  # a run of slices, and the centre slice of a triplet in it
+
+
+@dataclass(frozen=True)
+class Triplets:
+    """Crops of a volume at random places, randomly flipped, each slice z-scored as a whole; float32.
+
+    learnt: the triplets that batches come from; held_out: others, which share no slice with these. Batches are
+    (n, 3, y, x). With the `clean` volume, (n, 4, y, x): last the clean centre slice, by the noisy one's mean and
+    standard deviation. With `noise`, (n, 4, y, x): the centre slice is recorrupted, and last is what is asked for.
+    """
+
+    volume: Volume
+    settings: TrainSettings
+    clean: Volume | None
+    noise: NoiseModel | None
+    learnt: tuple[Place, ...]
+    held_out: tuple[Place, ...]
+
+    def batches(self, first: int = 0) -> Iterator[Tensor]:
+        """Endless, seeded: same settings, same batches; `first` is the number of the one to begin with.
+
+        Raises InputError for a clean voxel that is not a finite number.
+        """
+        return (self._batch(self.learnt, step) for step in count(first))
+
+    def validation(self, batches: int) -> list[Tensor]:
+        """So many of what is held out, always the same; none if nothing is."""
+        return [self._batch(self.held_out, number, HELD_OUT) for number in range(batches) if self.held_out]
+
+    def _batch(self, places: tuple[Place, ...], *key: int) -> Tensor:
+        """One batch, whatever was drawn before."""
+        random = np.random.default_rng((self.settings.seed, *key))
+        return torch.from_numpy(np.stack([self._crop(places, random) for _ in range(self.settings.batch)]))
+
+    def _crop(self, places: tuple[Place, ...], random: np.random.Generator) -> NDArray[np.float32]:
+        """(3 or 4, y, x)."""
+        volume = self.volume
+        height, width = (min(self.settings.crop, length) for length in volume.shape[1:])
+        run, z = places[random.integers(len(places))]
+        y, x = (int(random.integers(n - m + 1)) for n, m in zip(volume.shape[1:], (height, width), strict=True))
+        box = Box(Span(z - 1, z + 2), Span(y, y + height), Span(x, x + width))
+        own = run.of(box.z)
+        mean, std = (np.array(values, np.float32)[:, None, None] for values in (own.mean, own.std))
+        voxels = read_box(volume, box)
+        crop = [*((voxels - mean) / std)]
+        if self.clean is not None:
+            crop.append((_clean_slice(self.clean, z, box) - mean[1]) / std[1])
+        elif self.noise is not None:
+            seen, asked = recorrupted(voxels[1], self.noise, random)
+            crop[1] = (seen - mean[1]) / std[1]
+            crop.append((asked - mean[1]) / std[1])
+        flips = tuple(axis for axis in (1, 2) if random.integers(2))
+        return np.flip(np.stack(crop), flips).astype(np.float32)
 
 
 def triplets(
@@ -32,15 +90,11 @@ def triplets(
     clean: Volume | None = None,
     noise: NoiseModel | None = None,
     without: Collection[int] = (),
-    first: int = 0,
-) -> Iterator[Tensor]:
-    """Endless (n, 3, y, x) float32 batches: crops at random places, randomly flipped, each slice z-scored as a whole.
+) -> Triplets:
+    """What to train on.
 
     Crops come from about 128 slices, in runs spread evenly over the volume, but for blank slices and those `without`.
-    Seeded: same settings, same batches; `first` is the number of the one to begin with.
-    With the `clean` volume, (n, 4, y, x): last the clean centre slice, by the noisy one's mean and standard deviation.
-    For loss recorrupted the standard deviation of the noise on the centre slice, divided by the slice's own, is last;
-    it is by the `noise` model, or measured here.
+    Loss recorrupted is by the `noise` model, or one that is measured here.
 
     Raises InputError if no three consecutive slices have an image on them, or a voxel is not a finite number; or the
     clean volume does not fit the noisy one or the settings; or there is no noise to be measured.
@@ -59,7 +113,17 @@ def triplets(
         noise = None
     elif noise is None:
         noise = noise_of(volume).model
-    return (_batch(step, volume, settings, places, (clean, noise)) for step in count(first))
+    return Triplets(volume, settings, clean, noise, *_split(places, settings.hold_out))
+
+
+def _split(places: list[Place], share: float) -> tuple[tuple[Place, ...], tuple[Place, ...]]:
+    """What to learn from, and that share, in the middle, to be held out; nothing if nothing would be left to learn."""
+    number = int(share * len(places))
+    start = (len(places) - number) // 2
+    held = tuple(places[start : start + number])
+    touching = {z + apart for _, z in held for apart in range(-2, 3)}
+    learnt = tuple((run, z) for run, z in places if z not in touching)
+    return (learnt, held) if learnt else (tuple(places), ())
 
 
 def training_runs(volume: Volume) -> list[Span]:
@@ -103,38 +167,9 @@ def _centres(run: SliceStatistics) -> Iterator[int]:
             yield run.first_z + i
 
 
-def _batch(
-    step: int,
-    volume: Volume,
-    settings: TrainSettings,
-    places: list[tuple[SliceStatistics, int]],
-    beside: tuple[Volume | None, NoiseModel | None],
-) -> Tensor:
-    """The batch of one step, whatever was drawn before; `beside`: the clean volume, the noise."""
-    rng = np.random.default_rng((settings.seed, step))
-    height, width = (min(settings.crop, length) for length in volume.shape[1:])
-    clean, noise = beside
-    batch = []
-    for _ in range(settings.batch):
-        run, z = places[rng.integers(len(places))]
-        y, x = (int(rng.integers(n - m + 1)) for n, m in zip(volume.shape[1:], (height, width), strict=True))
-        box = Box(Span(z - 1, z + 2), Span(y, y + height), Span(x, x + width))
-        own = run.of(box.z)
-        mean, std = (np.array(values, np.float32)[:, None, None] for values in (own.mean, own.std))
-        voxels = read_box(volume, box)
-        crop = [(voxels - mean) / std]
-        if clean is not None:
-            crop.append((_clean_slice(clean, z, box) - mean[1:2]) / std[1:2])
-        if noise is not None:
-            crop.append(noise.sigma_in(voxels[1:2]) / std[1:2])
-        flips = tuple(axis for axis in (1, 2) if rng.integers(2))
-        batch.append(np.flip(np.concatenate(crop), flips))
-    return torch.from_numpy(np.stack(batch).astype(np.float32))
-
-
 def _clean_slice(clean: Volume, z: int, box: Box) -> NDArray[Any]:
-    """(1, y, x) voxels of the clean slice z. Raises InputError if one is not a finite number."""
-    voxels = read_box(clean, Box(Span(z, z + 1), box.y, box.x))
+    """(y, x) voxels of the clean slice z. Raises InputError if one is not a finite number."""
+    voxels: NDArray[Any] = read_box(clean, Box(Span(z, z + 1), box.y, box.x))[0]
     if not np.isfinite(voxels).all():
         raise InputError(f"{clean.url} holds NaN or infinite voxels in slice z={z}: replace them (with 0, say)")
     return voxels

@@ -214,7 +214,7 @@ def test_a_worker_that_has_to_go_while_it_starts_goes(scene: Scene, how: str) ->
     over = {} if how == "SIGTERM" else {STOP_AT: str(time.time() - 60), STOP_WITHIN_S: LONG_S}
     leaving = scene.start("leaving", **{GRACE_S: LONG_S}, **over)
     if how == "SIGTERM":
-        until(lambda: catches(leaving.pid, signal.SIGUSR2))  # by then SIGTERM too, which Dask's own program also catches
+        until(lambda: catches(leaving.pid, signal.SIGUSR2))  # and SIGTERM, which Dask's own program catches before
         leaving.send_signal(signal.SIGTERM)
     assert leaving.wait(20) == 0
     assert scene.departures() == [True]

@@ -12,7 +12,8 @@ from scipy.ndimage import gaussian_filter, gaussian_filter1d
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import box_of
 from nrrn_pipeline.noise import Noise
-from nrrn_pipeline.noise_model import LEVELS, NoiseModel, measure_curve, neighbour_noise, slice_sigma, spread
+from nrrn_pipeline.noise_details import LEVELS, measure_curve, neighbour_noise, slice_sigma, spread
+from nrrn_pipeline.noise_model import NoiseModel
 
 Floats = NDArray[np.float64]
 SHAPE = (4, 192, 192)
@@ -59,6 +60,78 @@ def test_integers_measure_as_the_grey_levels_that_they_are() -> None:
     as_floats = measure_curve(noisy.astype(np.float64))
     assert measure_curve(noisy) == as_floats
     assert as_floats.model.sigma(np.array(120.0)) == pytest.approx(12, rel=0.05)
+
+
+@pytest.mark.parametrize("sigma", [25, 50, 75])
+def test_noise_that_is_cut_off_at_black_and_white_is_known_as_it_was(sigma: float) -> None:
+    noisy = Noise(sigma=sigma, seed=3).added(np.rint(cells()).astype(np.uint8), box_of(SHAPE))
+    model = measure_curve(noisy).model
+    assert (model.black, model.white, model.counts) == (0, 255, False)
+    np.testing.assert_allclose(model.sigma(np.array([40, 120, 200])), sigma, rtol=0.06)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float64"])
+@pytest.mark.parametrize("peak", [1.0, 2.0, 8.0, 30.0, 50.0])
+def test_counts_are_known_as_such_by_their_levels(peak: float, dtype: str) -> None:
+    top = {"uint8": 255, "uint16": 65535, "float64": 1.0}[dtype]
+    noisy = Noise(peak=peak, seed=3).added((cells() / 255 * top).astype(dtype), box_of(SHAPE))
+    model = measure_curve(noisy * 0.7 if dtype == "float64" else noisy).model
+    top *= 0.7 if dtype == "float64" else 1
+    assert model.counts
+    assert model.gain == pytest.approx(top / peak, rel=5e-3)
+    assert model.offset == 0
+    assert model.black is None
+    assert (model.white == top) == (dtype != "float64")
+
+
+@pytest.mark.parametrize("levels", [8, 16])
+def test_coarse_levels_alone_are_no_counts(levels: int) -> None:
+    coarse = np.rint((cells() + white(30)) / 256 * levels) * (256 // levels)
+    assert not measure_curve(coarse).model.counts
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_noise_that_ends_by_itself_is_not_cut_off(dtype: str) -> None:
+    noisy = np.clip(cells(), 60, 190) + white(9)
+    model = measure_curve(noisy.astype(dtype)).model
+    assert (model.black, model.white) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        NoiseModel(0.0, 1600.0, 1.0, black=0.0, white=255.0),
+        NoiseModel(2.0, 400.0, 1.0, white=255.0),
+        NoiseModel(0.0, 900.0, 1.0, black=30.0),
+        NoiseModel(255 / 8, 0.0, 1.0, counts=True, white=255.0),
+        NoiseModel(255.0, 0.0, 1.0, counts=True, white=255.0),
+        NoiseModel(12.0, 0.0, 1.0, counts=True),
+        NoiseModel(1.0, 9.0, 1.0),
+    ],
+    ids=str,
+)
+def test_what_a_camera_shows_is_what_the_model_says(model: NoiseModel) -> None:
+    random, signals = np.random.default_rng(2), np.array([5.0, 60.0, 128.0, 200.0, 250.0])
+    means, spreads = model.as_seen(signals)
+    for signal, mean, spread_ in zip(signals, means, spreads, strict=True):
+        drawn = (
+            random.poisson(signal / model.gain, 400_000) * model.gain
+            if model.counts
+            else random.normal(signal, model.sigma(np.array(signal)), 400_000)
+        )
+        if model.black is not None or model.white is not None:
+            drawn = np.clip(drawn, model.black, model.white)
+        assert drawn.mean() == pytest.approx(mean, abs=0.5)
+        assert drawn.std() == pytest.approx(spread_, rel=0.02)
+
+
+def test_the_signal_is_that_before_the_cut() -> None:
+    noisy = Noise(sigma=60, seed=3).added(np.full(SHAPE, 220, np.uint8), box_of(SHAPE))
+    assert noisy.mean() < 210
+    found = NoiseModel(0.0, 3600.0, 1.0, black=0.0, white=255.0).signal_in(noisy)
+    assert found.shape == SHAPE
+    assert found.mean() == pytest.approx(220, abs=2)
+    np.testing.assert_allclose(NoiseModel(0.0, 3600.0, 1.0).signal_in(noisy).mean(), noisy.mean(), rtol=1e-3)
 
 
 def test_no_model_gives_less_noise_than_was_found_anywhere() -> None:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
-from scipy.ndimage import uniform_filter
 from torch import Tensor
 
 from nrrn_pipeline import statistics
@@ -53,7 +52,7 @@ def places_of(triplet: Tensor, voxels: NDArray[Any]) -> list[tuple[int, int, int
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
 def test_batches_are_float32_crops_of_three_slices(tmp_path: Path, dtype: str) -> None:
     volume = stored(tmp_path, image_like((6, 32, 40), dtype))
-    for batch in islice(triplets(volume, replace(TINY, batch=3, crop=16)), 3):
+    for batch in islice(triplets(volume, replace(TINY, batch=3, crop=16)).batches(), 3):
         assert batch.shape == (3, 3, 16, 16)
         assert batch.dtype == torch.float32
         assert batch.is_contiguous()
@@ -62,7 +61,7 @@ def test_batches_are_float32_crops_of_three_slices(tmp_path: Path, dtype: str) -
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
 def test_every_crop_is_a_z_scored_part_of_three_consecutive_slices(tmp_path: Path, dtype: str) -> None:
     voxels = image_like((5, 12, 14), dtype)
-    batches = islice(triplets(stored(tmp_path, voxels), replace(TINY, batch=4, crop=6)), 6)
+    batches = islice(triplets(stored(tmp_path, voxels), replace(TINY, batch=4, crop=6)).batches(), 6)
     places = [places_of(triplet, voxels) for batch in batches for triplet in batch]
     assert [len(found) for found in places] == [1] * 24
     assert {found[0][0] for found in places} == {1, 2, 3}
@@ -71,34 +70,34 @@ def test_every_crop_is_a_z_scored_part_of_three_consecutive_slices(tmp_path: Pat
 
 def test_crops_reach_every_corner_of_a_slice(tmp_path: Path) -> None:
     voxels = image_like((3, 10, 11))
-    batches = islice(triplets(stored(tmp_path, voxels), replace(TINY, batch=32, crop=9)), 2)
+    batches = islice(triplets(stored(tmp_path, voxels), replace(TINY, batch=32, crop=9)).batches(), 2)
     places = {places_of(triplet, voxels)[0][1:3] for batch in batches for triplet in batch}
     assert places == {(y, x) for y in range(2) for x in range(3)}
 
 
 def test_crops_are_flipped_in_all_four_ways(tmp_path: Path) -> None:
     voxels = image_like((3, 12, 14))
-    batch = next(triplets(stored(tmp_path, voxels), replace(TINY, batch=32, crop=14)))
+    batch = next(triplets(stored(tmp_path, voxels), replace(TINY, batch=32, crop=14)).batches())
     assert {places_of(triplet, voxels)[0][3] for triplet in batch} == {(), (1,), (2,), (1, 2)}
 
 
 def test_a_crop_larger_than_the_slice_is_the_slice(tmp_path: Path) -> None:
     volume = stored(tmp_path, image_like((3, 12, 50)))
-    assert next(triplets(volume, replace(TINY, crop=20))).shape == (2, 3, 12, 20)
-    assert next(triplets(volume, replace(TINY, crop=256))).shape == (2, 3, 12, 50)
+    assert next(triplets(volume, replace(TINY, crop=20)).batches()).shape == (2, 3, 12, 20)
+    assert next(triplets(volume, replace(TINY, crop=256)).batches()).shape == (2, 3, 12, 50)
 
 
 def test_triplets_with_a_blank_slice_are_skipped(tmp_path: Path) -> None:
     voxels = image_like((9, 12, 14))
     voxels[[3, 7]] = 77
-    batches = islice(triplets(stored(tmp_path, voxels), replace(TINY, batch=8, crop=12)), 4)
+    batches = islice(triplets(stored(tmp_path, voxels), replace(TINY, batch=8, crop=12)).batches(), 4)
     found = {places_of(triplet, voxels)[0][0] for batch in batches for triplet in batch}
     assert found == {1, 5}
 
 
 def test_triplets_with_a_slice_to_be_left_out_are_skipped(tmp_path: Path) -> None:
     voxels = image_like((9, 12, 14))
-    batches = islice(triplets(stored(tmp_path, voxels), replace(TINY, batch=8, crop=12), without=(3, 7)), 4)
+    batches = islice(triplets(stored(tmp_path, voxels), replace(TINY, batch=8, crop=12), without=(3, 7)).batches(), 4)
     found = {places_of(triplet, voxels)[0][0] for batch in batches for triplet in batch}
     assert found == {1, 5}
 
@@ -106,7 +105,7 @@ def test_triplets_with_a_slice_to_be_left_out_are_skipped(tmp_path: Path) -> Non
 def test_the_seed_decides_the_batches(tmp_path: Path) -> None:
     volume = stored(tmp_path, image_like((6, 32, 32)))
     first, again, other = (
-        list(islice(triplets(volume, settings), 3)) for settings in (TINY, TINY, replace(TINY, seed=1))
+        list(islice(triplets(volume, settings).batches(), 3)) for settings in (TINY, TINY, replace(TINY, seed=1))
     )
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
@@ -124,7 +123,7 @@ def test_the_clean_slice_is_scaled_as_the_noisy_centre_slice_is(tmp_path: Path, 
     settings = replace(TINY, loss="clean", batch=8, crop=12)
     exact = noisy.astype(np.float64)
     scaled = (clean - exact.mean((1, 2), keepdims=True)) / exact.std((1, 2), keepdims=True)
-    for crop in next(triplets(volume, settings, beside)):
+    for crop in next(triplets(volume, settings, beside).batches()):
         z, y, x, flips = places_of(crop[:3], noisy)[0]
         expected = np.flip(scaled[z, y : y + 12, x : x + 12], [axis - 1 for axis in flips])
         np.testing.assert_allclose(crop[3].numpy(), expected, atol=1e-4)
@@ -133,8 +132,8 @@ def test_the_clean_slice_is_scaled_as_the_noisy_centre_slice_is(tmp_path: Path, 
 def test_the_clean_volume_does_not_change_the_noisy_crops(tmp_path: Path) -> None:
     volume = stored(tmp_path, image_like((6, 20, 22)))
     beside = clean_beside(tmp_path, image_like((6, 20, 22), seed=1))
-    alone = islice(triplets(volume, TINY), 3)
-    both = islice(triplets(volume, replace(TINY, loss="clean"), beside), 3)
+    alone = islice(triplets(volume, TINY).batches(), 3)
+    both = islice(triplets(volume, replace(TINY, loss="clean"), beside).batches(), 3)
     assert all(torch.equal(a, b[:, :3]) for a, b in zip(alone, both, strict=True))
 
 
@@ -156,23 +155,64 @@ def test_a_clean_volume_and_the_loss_that_needs_it_go_together(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
-def test_behind_a_triplet_to_be_recorrupted_is_its_noise(tmp_path: Path, dtype: str) -> None:
+def test_of_a_recorrupted_triplet_the_centre_alone_is_changed_and_its_other_half_comes_last(
+    tmp_path: Path, dtype: str
+) -> None:
     voxels = (40 + image_like((6, 20, 22), "uint8") / 2).astype(dtype)
-    settings = replace(TINY, loss="recorrupted", batch=8, crop=12)
-    counting = NoiseModel(gain=2.0, offset=9.0, least=1.0)
-    exact = voxels.astype(np.float64)
-    for crop in next(triplets(stored(tmp_path, voxels), settings, noise=counting)):
-        z, y, x, flips = places_of(crop[:3], voxels)[0]
-        signal = uniform_filter(exact[z, y : y + 12, x : x + 12], 7)
-        expected = np.flip(np.sqrt(2 * signal + 9), [axis - 1 for axis in flips]) / exact[z].std()
-        np.testing.assert_allclose(crop[3].numpy(), expected, rtol=1e-4)
+    plain = replace(TINY, batch=8, crop=12)
+    volume = stored(tmp_path, voxels)
+    crops = next(triplets(volume, replace(plain, loss="recorrupted"), noise=NoiseModel(0.0, 9.0, 1.0)).batches())
+    assert crops.shape == (8, 4, 12, 12)
+    windows = sliding_window_view(z_scored(voxels), (3, 12, 12))
+    for crop in crops.numpy():
+        unflipped = (np.flip(crop, flips) for flips in ((), (1,), (2,), (1, 2)))
+        found = [
+            (place, each)
+            for each in unflipped
+            for place in np.argwhere(np.isclose(windows[..., ::2, :, :], each[:3:2], atol=1e-5).all((3, 4, 5)))
+        ]
+        (((z, y, x), unflipped_crop),) = found
+        centre, spread = windows[z, y, x, 1], voxels[z + 1].astype(np.float64).std()
+        np.testing.assert_allclose(
+            (unflipped_crop[1] - centre) * spread, (centre - unflipped_crop[3]) * spread / 4, atol=2e-3
+        )
+        assert ((unflipped_crop[1] - centre) * spread).std() == pytest.approx(0.5 * 3, rel=0.25)
+
+
+def slices_of(places: Any) -> set[int]:
+    """All slices of the triplets around some centres."""
+    return {z + apart for _, z in places for apart in (-1, 0, 1)}
+
+
+@pytest.mark.parametrize(("depth", "held"), [(3, 0), (11, 0), (12, 1), (42, 4)])
+def test_what_is_held_out_shares_no_slice_with_what_is_learnt(tmp_path: Path, depth: int, held: int) -> None:
+    voxels = image_like((depth, 12, 14))
+    found = triplets(stored(tmp_path, voxels), replace(TINY, batch=16, crop=12))
+    assert len(found.held_out) == held
+    assert len(found.learnt) == depth - 2 - (held + 4 if held else 0)
+    assert not slices_of(found.learnt) & slices_of(found.held_out)
+    for batch, places in (
+        (next(found.batches()), found.learnt),
+        *((each, found.held_out) for each in found.validation(2)),
+    ):
+        centres = {places_of(triplet, voxels)[0][0] for triplet in batch}
+        assert centres <= {z for _, z in places}
+
+
+def test_what_is_held_out_is_always_the_same(tmp_path: Path) -> None:
+    volume = stored(tmp_path, image_like((30, 20, 20)))
+    first, again = (triplets(volume, TINY).validation(3) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], first[1])
+    assert triplets(volume, replace(TINY, hold_out=0)).validation(3) == []
 
 
 def test_noise_that_is_not_given_is_measured(tmp_path: Path) -> None:
     noisy = Noise(sigma=15, seed=1).added(np.full((4, 96, 96), 120, np.uint8), box_of((4, 96, 96)))
     volume = stored(tmp_path, noisy)
-    batch = next(triplets(volume, replace(TINY, loss="recorrupted")))
-    np.testing.assert_allclose(batch[:, 3] * noisy.std(), 15, rtol=0.1)
+    batch = next(triplets(volume, replace(TINY, loss="recorrupted")).batches())
+    apart = (batch[:, 3] - batch[:, 1]) * noisy.std()  # of 0.5 and 2 times the noise
+    assert apart.std() == pytest.approx(2.5 * 15, rel=0.1)
     with pytest.raises(InputError, match=r"flat\.zarr: no noise can be measured"):
         triplets(clean_beside(tmp_path, striped(), "flat.zarr"), replace(TINY, loss="recorrupted"))
 
@@ -185,7 +225,7 @@ def test_a_clean_volume_with_voxels_that_are_no_numbers_is_refused(tmp_path: Pat
     volume = stored(tmp_path, image_like((6, 20, 22), "float32"))
     beside = clean_beside(tmp_path, np.full((6, 20, 22), np.nan, np.float32))
     with pytest.raises(InputError, match=r"clean\.zarr holds NaN or infinite voxels in slice z=\d"):
-        next(triplets(volume, replace(TINY, loss="clean"), beside))
+        next(triplets(volume, replace(TINY, loss="clean"), beside).batches())
 
 
 def one_slice() -> NDArray[Any]:
@@ -240,7 +280,7 @@ def test_training_reads_at_most_128_slices_and_its_crops_however_deep_the_volume
     boxes_read: list[Box], slices: int, chunk: int
 ) -> None:
     volume = Volume("made up", (slices, 24, 20), "uint8", (chunk, 8, 8), (chunk, 8, 8))
-    batches = triplets(volume, replace(TINY, batch=5))
+    batches = triplets(volume, replace(TINY, batch=5)).batches()
     measured = sum(box.size for box in boxes_read)
     assert 0 < measured <= 128 * 24 * 20
     boxes_read.clear()
@@ -251,7 +291,7 @@ def test_training_reads_at_most_128_slices_and_its_crops_however_deep_the_volume
 
 def test_crops_come_only_from_slices_that_were_measured(boxes_read: list[Box]) -> None:
     volume = Volume("made up", (5000, 24, 20), "uint8", (8, 8, 8), (8, 8, 8))
-    batches = triplets(volume, replace(TINY, batch=50))
+    batches = triplets(volume, replace(TINY, batch=50)).batches()
     measured = {z for box in boxes_read for z in range(box.z.start, box.z.stop)}
     boxes_read.clear()
     next(batches)
@@ -271,7 +311,7 @@ def test_training_runs_lie_on_the_chunk_grid_and_span_the_volume(slices: int, ch
 
 def test_every_triplet_of_a_run_is_trained_on(boxes_read: list[Box]) -> None:
     volume = Volume("made up", (40, 8, 8), "uint8", (4, 8, 8), (4, 8, 8))
-    batches = triplets(volume, replace(TINY, batch=600))
+    batches = triplets(volume, replace(TINY, batch=600, hold_out=0)).batches()
     boxes_read.clear()
     next(batches)
     expected = {Span(z - 1, z + 2) for run in training_runs(volume) for z in range(run.start + 1, run.stop - 1)}

@@ -12,7 +12,8 @@ from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.network import Architecture
-from nrrn_pipeline.noise_model import NoiseCurve, NoiseModel
+from nrrn_pipeline.noise_details import NoiseCurve
+from nrrn_pipeline.noise_model import NoiseModel
 from nrrn_pipeline.training.choosing import loss_for
 from nrrn_pipeline.volume import Volume, open_volume
 from nrrn_pipeline.volume_noise import VolumeNoise, measure_volume, noise_of, noise_samples, outliers
