@@ -122,6 +122,7 @@ def test_paper_tables(tmp_path: Path) -> None:
     tables = (tmp_path / "out/tables.md").read_text()
     for title in (
         "Table 1",
+        "FIB-25 by noise",
         "Table 2",
         "Fig. 4",
         "Fig. 5A",
@@ -134,7 +135,7 @@ def test_paper_tables(tmp_path: Path) -> None:
         assert title in tables
     found = json.loads((tmp_path / "out/results.json").read_text())
     assert next(iter(found["table-1"])) == "input"
-    assert len(found["table-1"]) == 1 + 2 + 8
+    assert len(found["table-1"]) == 1 + 2 + 9
     noisy = {name: found[f"table-2-{name}"]["input"]["psnr_db"] for name in ("gaussian-10", "gaussian-75", "poisson-1")}
     assert noisy["gaussian-10"] > noisy["gaussian-75"] > noisy["poisson-1"]
     assert found["figure-s1-3"] != found["figure-s1-1"]
