@@ -357,9 +357,9 @@ def made(name: str, minutes: float) -> list[str]:
         f"{steps.steps} steps of {steps.batch} crops of {steps.crop} x {steps.crop}; measured on {shape} voxels that "
         "none was trained on. The paper's figures are of other volumes: compare the order.",
         "",
-        f"`nrrn` is trained as the paper does, by eq. 3; `own` as `nrrn train` does unless told, {scale.own.steps} steps "
-        f"of {scale.own.batch} crops of {scale.own.crop} x {scale.own.crop} by the loss that suits the noise, without "
-        "clean slices; `n2c` on clean slices, `n2v` with blind spots.",
+        f"`nrrn` is trained as the paper does, by eq. 3; `own` as `nrrn train` does unless told, {scale.own.steps} "
+        f"steps of {scale.own.batch} crops of {scale.own.crop} x {scale.own.crop} by the loss that suits the noise, "
+        "without clean slices; `n2c` on clean slices, `n2v` with blind spots.",
         "",
     ]
 

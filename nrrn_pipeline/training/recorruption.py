@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
 from scipy.stats import poisson
 
-from nrrn_pipeline.noise_model import NoiseModel
+from nrrn_pipeline.noise_model import SIGNAL, NoiseModel, local_means
 
 Floats = NDArray[np.float64]
 
@@ -51,7 +51,7 @@ def _counts(noisy: NDArray[Any], signal: Floats, noise: NoiseModel, random: np.r
     """How many there were; beyond white, drawn."""
     counts = np.rint(noisy / noise.gain).astype(np.int64)
     if noise.white is not None:
-        cut = counts >= noise.counts_at_white
+        cut = _among_others(counts >= noise.counts_at_white)
         rate = np.maximum(signal[cut], 0) / noise.gain
         least = poisson.cdf(noise.counts_at_white - 1, rate)
         chance = np.minimum(least + (1 - least) * random.random(rate.shape), MOST_CHANCE)
@@ -63,9 +63,14 @@ def _uncut(noisy: Floats, signal: Floats, sigma: Floats, noise: NoiseModel, rand
     """The same, with what lay at black or white drawn from the part of the normal distribution beyond."""
     for limit, sign in ((noise.black, -1), (noise.white, 1)):
         if limit is not None:
-            cut = sign * noisy >= sign * limit
+            cut = _among_others(sign * noisy >= sign * limit)
             beyond = ndtr(sign * (signal[cut] - limit) / sigma[cut])
             chance = np.maximum(beyond * random.random(beyond.shape), LEAST_CHANCE)
             drawn = signal[cut] - sign * sigma[cut] * ndtri(chance)
             noisy[cut] = limit + sign * np.maximum(sign * (drawn - limit), 0)
     return noisy
+
+
+def _among_others(cut: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Without those that have none but such around: a frame without image, or a part of which nothing is left."""
+    return cut & (local_means(cut) < 1 - 0.5 / SIGNAL**2)

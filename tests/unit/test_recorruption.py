@@ -93,6 +93,14 @@ def test_noise_that_grows_with_the_signal_is_added_where_it_is() -> None:
     assert strong - weak == pytest.approx(4 * 300, rel=0.1)
 
 
+@pytest.mark.parametrize(("level", "limits"), [(0, {"black": 0.0}), (255, {"white": 255.0})])
+def test_a_frame_without_image_stays_what_it_is_in_the_mean(level: int, limits: dict[str, float]) -> None:
+    framed = np.full((64, 64), level, np.float32)
+    framed[:, 32:] = np.clip(128 + 60 * random().standard_normal((64, 32)), 0, 255)
+    _, asked = recorrupted(framed, NoiseModel(0.0, 100.0, 1.0, **limits), random())
+    assert abs(asked[:, :24].mean() - level) < 2
+
+
 def test_a_slice_of_which_nothing_is_left_is_no_trouble() -> None:
     for model in (
         NoiseModel(0.0, 100.0, 1.0, black=0.0, white=255.0),
