@@ -25,6 +25,7 @@ from nrrn_pipeline.evaluation.without_reference import (
     whiteness,
 )
 from nrrn_pipeline.geometry import Box, Shape
+from nrrn_pipeline.network import read_header
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.planning import DenoisePlan, refuse_outside
 from nrrn_pipeline.preparing import Location, make_plan
@@ -53,7 +54,8 @@ class Yardstick:
 class Compared:
     """What was found of one method. `measures`: a number each, None where there is none; `picture`: its middle slice.
 
-    flat, profile: the values of the yardstick's box and line; empty without.
+    flat, profile: the values of the yardstick's box and line; empty without. losses, looks: (step, loss) of its
+    training, and on slices that were held out from it; empty where its weights tell none.
     """
 
     name: str
@@ -63,6 +65,8 @@ class Compared:
     residual: NDArray[np.float64] | None = None
     flat: NDArray[Any] = field(default_factory=lambda: np.empty(0))
     profile: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    losses: tuple[tuple[float, float], ...] = ()
+    looks: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ def compare(
             summary = carry_out(plan, options, runner, watch)
             denoised = read_box(plan.target, plan.target.box)
             found = _removed(Compared(candidate.name, _cost(summary), denoised[middle]), noisy, denoised, plan)
-            compared.append(_against(found, denoised, clean, yardstick, box))
+            compared.append(_against(_trained(found, candidate), denoised, clean, yardstick, box))
     return Comparison(opened, box, tuple(compared), None if clean is None else clean[middle])
 
 
@@ -184,6 +188,28 @@ def _removed(found: Compared, noisy: NDArray[Any], denoised: NDArray[Any], plan:
         "seam_energy": _seams(denoised, plan),
     }
     return replace(found, measures=found.measures | measures, residual=correlation)
+
+
+def _trained(found: Compared, candidate: Candidate) -> Compared:
+    """The same with what the record in its weights says of their training."""
+    if candidate.weights is None:
+        return found
+    record = read_header(candidate.weights).get("training")
+    record = record if isinstance(record, dict) else {}
+    validation = record.get("validation")
+    looks = validation.get("step_and_loss") if isinstance(validation, dict) else None
+    return replace(found, losses=_points(record.get("step_and_mean_loss")), looks=_points(looks))
+
+
+def _points(value: Any) -> tuple[tuple[float, float], ...]:
+    """Pairs of finite numbers; none if there is anything else, as anybody may have written the file."""
+    try:
+        points = np.array(value, np.float64)
+    except (TypeError, ValueError):
+        return ()
+    if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all():
+        return ()
+    return tuple((float(step), float(loss)) for step, loss in points)
 
 
 def _seams(voxels: NDArray[Any], plan: DenoisePlan) -> float | None:

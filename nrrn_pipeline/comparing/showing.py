@@ -130,6 +130,10 @@ def _figures(comparison: Comparison, rows: Sequence[Row]) -> list[Figure]:
     profiles = {each.name: each.profile for each in found if each.profile.size}
     if profiles:
         made.append(Figure(figures.profile(profiles, unit="voxels"), "The signal along the line across an edge."))
+    for each in found:
+        if each.losses:
+            caption = f"How {each.name} learned: the loss of its steps, and on slices that it did not learn from."
+            made.append(Figure(figures.training_curves(each.losses, each.looks), caption))
     residuals = {each.name: each.residual for each in found if each.residual is not None}
     if residuals:
         caption = "Autocorrelation of what each method removed. White noise has a point in the middle, and no more."

@@ -29,6 +29,7 @@ DASHES = ("-", "--", ":", "-.")  # once all colours are used
 GREY, BLACK = "#767676", "#000000"
 BINS = 40
 LONGEST_NAME = 28  # characters
+MOST_ABOVE = 4  # times as far above the median loss as the lowest is below it
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 9,
@@ -155,6 +156,32 @@ def noise_curves(found: VolumeNoise) -> bytes:
         right.plot(sigma, color=COLOURS[0], linewidth=1.0)
         right.plot(found.outliers, sigma[list(found.outliers)], "o", color=COLOURS[1], fillstyle="none")
         right.set_xlabel(f"slice; circled: {len(found.outliers)} unlike their neighbours")
+
+    return _png(draw, 2.6)
+
+
+def training_curves(losses: Sequence[tuple[float, float]], looks: Sequence[tuple[float, float]]) -> bytes:
+    """Loss by step, on what was learnt from; and on what was held out, where the least one is circled.
+
+    First steps that are far above the rest are cut off.
+    """
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.plot(*np.array(losses).T, color=COLOURS[0], linewidth=1.0, label="learnt from")
+        if looks:
+            steps, held_out = np.array(looks).T
+            axes.plot(steps, held_out, ".-", color=COLOURS[1], linewidth=1.0, label="held out")
+            best = int(held_out.argmin())
+            axes.plot(steps[best], held_out[best], "o", color=COLOURS[1], fillstyle="none", markersize=9, label="best")
+        values = np.array([loss for _, loss in (*losses, *looks)])
+        low, typical, high = (float(found) for found in np.percentile(values, [0, 50, 100]))
+        top = min(high, typical + MOST_ABOVE * (typical - low))
+        if top > low:
+            axes.set_ylim(low - 0.05 * (top - low), top + 0.05 * (top - low))
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+        axes.legend(frameon=False)
 
     return _png(draw, 2.6)
 

@@ -10,6 +10,8 @@ from importlib.metadata import version
 from time import perf_counter
 from typing import Any
 
+import numpy as np
+
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import DivergedError, InputError
 from nrrn_pipeline.network import choose_device, weights_bytes
@@ -26,6 +28,7 @@ from nrrn_pipeline.volume_noise import measure_volume, noise_of
 Location = str | os.PathLike[str]
 
 CHOSEN, OUTLIERS = "loss was chosen, as", "slices left out for their noise"
+PARTS = 100  # of a training, in the record of its losses
 LOSS_NAMES = {
     "adjacent": "adjacent slices (Giannios et al., eq. 3)",
     "recorrupted": "recorrupted to recorrupted (Pang et al. 2021)",
@@ -101,6 +104,9 @@ def _record(course: Course, crops: Triplets, known: dict[str, Any]) -> dict[str,
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("nrrn-pipeline", "torch", "numpy")},
     }
+    parts = np.array_split(np.array(course.losses), min(PARTS, max(1, len(course.losses))))
+    steps = np.cumsum([len(part) for part in parts]).tolist()
+    record["step_and_mean_loss"] = [(step, float(part.mean())) for step, part in zip(steps, parts, strict=True) if step]
     if (best := course.best_look()) is not None:
         slices = sorted(z for _, z in crops.held_out)
         record["validation"] = {"slices": slices, "best_step": best[0], "step_and_loss": course.looks}

@@ -17,10 +17,11 @@ from nrrn_pipeline import open_volume, verify
 from nrrn_pipeline.evaluation.metrics import psnr, ssim
 from nrrn_pipeline.evaluation.without_reference import low_frequency_share
 from nrrn_pipeline.geometry import box_of
+from nrrn_pipeline.network import save_weights
 from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.volume import read_box
 from tests.commands import Nrrn
-from tests.support import bare_zarr, image_like, stored_chunks, tiny_weights
+from tests.support import bare_zarr, image_like, stored_chunks, tiny_network, tiny_weights
 
 SHAPE = (5, 64, 72)
 ALL = ("--cluster", "serial", "--device", "cpu")
@@ -141,6 +142,30 @@ def test_networks_of_two_images_are_compared_with_filters_of_their_own(nrrn: Nrr
     words = ("evaluate", "noisy.zarr", "--methods", "mean,nrrn", "--weights", "w.safetensors", "--images", "2")
     assert nrrn(*words, "--out", "out", *ALL).status == 0
     assert [*results()] == ["input", "mean", "nrrn"]
+
+
+CURVE = [[1, 3.0], [2, 2.0], [3, 1.5]]
+
+
+@pytest.mark.parametrize(
+    ("record", "shown"),
+    [
+        ({"step_and_mean_loss": CURVE, "validation": {"step_and_loss": CURVE}}, True),
+        ({"step_and_mean_loss": CURVE, "validation": "none"}, True),
+        ({"step_and_mean_loss": [[1, "a"]], "validation": {"step_and_loss": CURVE}}, False),
+        ({"step_and_mean_loss": [[1, 2, 3]]}, False),
+        ({"step_and_mean_loss": [[1], [1, 2]]}, False),
+        ({"step_and_mean_loss": [[1, 1e999]]}, False),
+        ({"step_and_mean_loss": {}}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_the_page_shows_how_weights_were_trained_if_they_tell(nrrn: Nrrn, record: dict[str, Any], shown: bool) -> None:
+    save_weights(tiny_network(), "told.safetensors", record)
+    words = ("evaluate", "noisy.zarr", "--methods", "mine=told.safetensors", "--roi", "0:3,0:32,0:32")
+    assert nrrn(*words, "--out", "out", *ALL).status == 0
+    assert ("How mine learned" in Path("out/index.html").read_text()) is shown
 
 
 def test_brightness_that_drifts_changes_no_filter(nrrn: Nrrn, tmp_path: Path) -> None:

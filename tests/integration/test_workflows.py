@@ -87,8 +87,11 @@ def test_train_then_denoise(lab: Path) -> None:
         said = run(sys.executable, "-c", short, WORKFLOWS, lab / "raw.zarr", lab / "out")
     assert "trained" not in said.stdout  # the weights were there
     assert verify(lab / "out/denoised.zarr", deep=True) == []
-    trial, whole = (zarr.open_array(lab / f"out/{name}.zarr/0")[:] for name in ("trial", "denoised"))
+    trial, whole = (zarr.open_array(lab / f"out/{name}.zarr/0")[:] for name in ("report/nrrn.ome", "denoised"))
     assert np.array_equal(trial, whole[4:])
+    page = (lab / "out/report/index.html").read_text()
+    assert "gaussian-avg" in page
+    assert "How nrrn learned" in page
 
 
 def test_nightly(lab: Path) -> None:

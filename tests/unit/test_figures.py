@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.report.figures import BINS, bars, box_plots, patch_histogram, profile, residual_autocorrelation
+from nrrn_pipeline.report.figures import (
+    BINS,
+    bars,
+    box_plots,
+    patch_histogram,
+    profile,
+    residual_autocorrelation,
+    training_curves,
+)
 from nrrn_pipeline.report.page import Column, Row
 
 PSNR = Column("PSNR", "dB", "higher")
@@ -35,6 +43,8 @@ def rows(*values: float | None) -> list[Row]:
     return [Row(name, {"PSNR": value}) for name, value in zip(names, values, strict=False)]
 
 
+FALLING = [(1.0, 90.0), (2.0, 3.0), (3.0, 2.0), (4.0, 1.5), (5.0, 1.4)]
+
 DRAWN: dict[str, tuple[Callable[[], bytes], Callable[[], bytes]]] = {  # a figure, and the same with other data
     "histogram": (
         lambda: patch_histogram({"input": spread(0), "NRRN": spread(1)}),
@@ -53,6 +63,7 @@ DRAWN: dict[str, tuple[Callable[[], bytes], Callable[[], bytes]]] = {  # a figur
         lambda: profile({"input": spread(0, 30), "NRRN": spread(2, 30)}, 4.0, "nm"),
     ),
     "bars": (lambda: bars(rows(20.0, 30.0), PSNR), lambda: bars(rows(20.0, 25.0), PSNR)),
+    "training": (lambda: training_curves(FALLING, FALLING[1:3]), lambda: training_curves(FALLING, FALLING[2:4])),
 }
 
 
@@ -168,6 +179,12 @@ def test_the_input_is_grey_and_the_reference_black_and_methods_keep_their_colour
 @pytest.mark.parametrize("draw", [patch_histogram, box_plots, profile])
 def test_any_name_is_drawn_as_it_is(draw: Any, name: str) -> None:
     assert (pixels(draw({name: spread(0, 20)})) != pixels(draw({"other": spread(0, 20)}))).any()
+
+
+@pytest.mark.parametrize("losses", [[(1.0, 2.0)], [(1.0, 2.0), (2.0, 2.0)], [(1.0, -3.0), (2.0, 1e30)]])
+def test_any_losses_are_drawn(losses: list[tuple[float, float]]) -> None:
+    for looks in ([], losses):
+        assert pixels(training_curves(losses, looks)).shape[1] == 900
 
 
 @pytest.mark.parametrize("draw", [patch_histogram, box_plots, profile, residual_autocorrelation])
