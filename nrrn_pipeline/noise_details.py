@@ -57,7 +57,9 @@ def measure_curve(slices: Sequence[NDArray[Any]]) -> NoiseCurve:
     if noisy.mean() < 0.5:
         raise InputError("no noise can be measured: slices are flat in places, as synthetic ones are")
     levels, sigma = levels[noisy], sigma[noisy]
-    return NoiseCurve(tuple(levels), tuple(sigma), fitted(levels, sigma, np.stack([*slices])))
+    return NoiseCurve(
+        tuple(levels), tuple(sigma), fitted(levels, sigma, np.concatenate([_with_noise(each) for each in slices]))
+    )
 
 
 def slice_sigma(plane: NDArray[Any]) -> float:
@@ -112,6 +114,13 @@ def _parts(plane: NDArray[Any]) -> tuple[Floats, Floats, NDArray[np.bool_]]:
     rough = (maximum_filter(values, SIGNAL) > minimum_filter(values, SIGNAL))[inside]
     limit = np.median(slope[inside][rough]) if rough.any() else 0.0
     return local_means(values)[inside], details[inside], rough & (slope[inside] <= limit)
+
+
+def _with_noise(plane: NDArray[Any]) -> NDArray[Any]:
+    """(n,) voxels but for those of what is exactly flat."""
+    flat = maximum_filter(plane, SIGNAL) == minimum_filter(plane, SIGNAL)
+    found: NDArray[Any] = plane[~maximum_filter(flat, SIGNAL)]
+    return found
 
 
 def _smooth_half(plane: NDArray[Any]) -> tuple[Floats, Floats]:

@@ -10,6 +10,7 @@ heteroskedastic modeling and practical denoising" (Signal Processing 2009).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from scipy.optimize import least_squares
 from scipy.special import ndtr
 from scipy.stats import poisson
 
+from nrrn_pipeline.errors import InputError
+
 Floats = NDArray[np.float64]
 
 SIGNAL = 7  # the signal at a voxel is a mean over 7 x 7
@@ -26,6 +29,9 @@ GRID = 256  # signals, between which what a camera makes of them is interpolated
 FAR = 40.0  # standard deviations: no voxel of normal noise lies there
 SURELY_CUT = 1e-3  # share of the voxels at an extreme level: where noise ends by itself there are fewer
 LEAST_CUT, LEAST_CUT_VOXELS = 1e-5, 16  # share and number of them that count if the next level has less
+INSIDE = 0.7  # of a signal at a cut the mean lies 0.68 of its standard deviations inside, which are 0.58 of others
+LEAST_LEVELS = 3  # that are not
+WRONG = 0.05  # median relative error of the standard deviations that voxels have which are counts
 MOST_COUNTS = 128  # at white: with more, counting noise is as good as normal
 LEAST_SPACING = 3  # grey levels between counts: those of integers are rounded
 IRREGULAR = 0.02  # of the spacing of counts, beside what rounding does
@@ -35,8 +41,8 @@ IRREGULAR = 0.02  # of the spacing of counts, beside what rounding does
 class NoiseModel:
     """Noise whose variance is gain * signal + offset, and `least` where that is less; grey levels squared.
 
-    It is normal, or with `counts` the voxels are `gain` times Poisson counts. black, white: levels beyond which voxels
-    were cut off; None: nothing was.
+    It is normal; or with `counts` the voxels are Poisson counts, each of `gain` grey levels, which have no `black`.
+    black, white: levels beyond which voxels were cut off; None: nothing was.
     """
 
     gain: float
@@ -61,7 +67,7 @@ class NoiseModel:
             chances = poisson.pmf(counts, np.maximum(signal, 0)[:, None] / self.gain)
             chances[:, -1] += poisson.sf(most, np.maximum(signal, 0) / self.gain)
             mean = chances @ counts
-            return mean * self.gain, np.sqrt(chances @ counts**2 - mean**2) * self.gain
+            return mean * self.gain, np.sqrt(np.maximum(chances @ counts**2 - mean**2, 0)) * self.gain
         sigma = self.sigma(signal)
         low = -FAR if self.black is None else np.clip((self.black - signal) / sigma, -FAR, FAR)
         high = FAR if self.white is None else np.clip((self.white - signal) / sigma, -FAR, FAR)
@@ -79,21 +85,25 @@ class NoiseModel:
         means = local_means(noisy)
         if self.black is None and self.white is None:
             return means
-        seen, signals = self._seen_by_signal(float(means.min()), float(means.max()))
-        found: Floats = np.interp(means, seen, signals)
+        found: Floats = np.interp(means, *seen_by_signal(self, *self.ends(means)))
         return found
+
+    def ends(self, means: Floats) -> tuple[float, float]:
+        """The darkest and the brightest signal that can be behind voxels with such means."""
+        darkest = 0.0 if self.counts else float(means.min()) if self.black is None else self.black
+        return darkest, float(means.max()) if self.white is None else self.white
 
     @property
     def counts_at_white(self) -> int:
         """The most that a voxel of counts can show, where anything is cut off."""
         return 0 if self.white is None else round(self.white / self.gain)
 
-    def _seen_by_signal(self, least: float, most: float) -> tuple[Floats, Floats]:
-        """(GRID,) means of voxels, ascending, and the signals that they are of, up to the levels of the cut."""
-        start = min(least, 0.0) if self.counts else least if self.black is None else self.black
-        stop = most if self.white is None else self.white
-        signals = np.linspace(start, stop, GRID)
-        return np.maximum.accumulate(self.as_seen(signals)[0]), signals
+
+@lru_cache(maxsize=8)
+def seen_by_signal(model: NoiseModel, start: float, stop: float) -> tuple[Floats, Floats]:
+    """(GRID,) signals, and before them the means of voxels of these, ascending."""
+    signals = np.linspace(start, stop, GRID)
+    return np.maximum.accumulate(model.as_seen(signals)[0]), signals
 
 
 def local_means(noisy: NDArray[Any]) -> Floats:
@@ -105,39 +115,54 @@ def local_means(noisy: NDArray[Any]) -> Floats:
 def fitted(signal: Floats, sigma: Floats, voxels: NDArray[Any]) -> NoiseModel:
     """The model of the (n,) standard deviations measured on (n,) mean levels of `voxels`; in any unit.
 
-    Voxels that take few levels, evenly spaced from 0, are counts; an extreme level that holds more of them than the
-    next one is where others were cut off.
+    Of two that fit alike, counts are preferred, if the voxels take few levels, evenly spaced. Raises InputError if most
+    voxels are cut off.
     """
     levels, held = np.unique(voxels, return_counts=True)
     black, white = (_limit(levels[order], held[order]) for order in (np.s_[:], np.s_[::-1]))
-    linear = _linear(signal, sigma)
-    spacing = _spacing(levels[held >= LEAST_CUT_VOXELS], rounded=bool((levels % 1 == 0).all()))
-    if spacing is not None:
-        counts = NoiseModel(spacing, 0.0, linear.least, True, None, white)
-        if _misfit(counts, signal, sigma) <= 1.5 * max(0.05, _misfit(linear, signal, sigma)):
-            return counts
-    if black is None and white is None:
-        return linear
-    return _uncut(replace(linear, black=black, white=white), signal, sigma)
+    below_white = _inside(signal, sigma, white)
+    inside = below_white & _inside(-signal, sigma, None if black is None else -black)
+    counts = _counts(levels[held >= LEAST_CUT_VOXELS], black, white)
+    if counts is not None and below_white.any() and _misfit(counts, signal[below_white], sigma[below_white]) <= WRONG:
+        return counts
+    if inside.sum() < LEAST_LEVELS:
+        raise InputError("noise cannot be measured: on most levels nearly all voxels are cut off at black or white")
+    normal = _linear(signal[inside], sigma[inside])
+    if black is not None or white is not None:
+        normal = _behind_cuts(replace(normal, black=black, white=white), signal[inside], sigma[inside])
+    gain, offset, least = (float(f"{value:.9g}") for value in (normal.gain, normal.offset, normal.least))
+    return replace(normal, gain=gain, offset=offset, least=least)  # the last bits differ between machines
+
+
+def _inside(signal: Floats, sigma: Floats, white: float | None) -> NDArray[np.bool_]:
+    """Which means are of signals below white; of others the noise looks weak, or their mean lies next to it."""
+    if white is None:
+        return np.ones(len(signal), bool)
+    weak = (sigma < INSIDE * np.percentile(sigma, 75)) & (signal > signal[sigma.argmax()])
+    found: NDArray[np.bool_] = ~weak & (white - signal > INSIDE * sigma)
+    return found
 
 
 def _limit(levels: NDArray[Any], held: NDArray[np.int_]) -> float | None:
     """The first level, if as many voxels lie on it as only a cut can bring there."""
     if len(levels) < 2 or held[0] < LEAST_CUT_VOXELS:
         return None
-    share = held[0] / held.sum()
-    return float(levels[0]) if share >= SURELY_CUT or (share >= LEAST_CUT and held[0] > held[1]) else None
+    share, to_next = held[0] / held.sum(), held[0] / held[1]
+    cut = (share >= LEAST_CUT and to_next > 1) or (share >= SURELY_CUT and to_next > 0.5)
+    return float(levels[0]) if cut else None
 
 
-def _spacing(levels: NDArray[Any], rounded: bool) -> float | None:
-    """The distance between the levels, if they are successive counts."""
-    if not 2 <= len(levels) <= MOST_COUNTS:
+def _counts(levels: NDArray[Any], black: float | None, white: float | None) -> NoiseModel | None:
+    """The model of Poisson counts, if these levels are successive counts, each of so many grey levels."""
+    if not 2 <= len(levels) <= MOST_COUNTS or (black is not None and black > 0) or levels[0] < 0:
         return None
     counts = np.rint(levels[0] / np.ptp(levels) * (len(levels) - 1)) + np.arange(len(levels))
-    spacing = float(levels @ counts / (counts @ counts))
-    off = np.abs(levels - spacing * counts).max()
-    regular = spacing > LEAST_SPACING if rounded else spacing > 0
-    return spacing if regular and off <= IRREGULAR * spacing + 0.5 * rounded else None
+    gain = float(levels @ counts / (counts @ counts))
+    rounded = bool((levels % 1 == 0).all())
+    off = np.abs(levels - gain * counts).max()
+    if gain <= LEAST_SPACING * rounded or off > IRREGULAR * gain + 0.5 * rounded:
+        return None
+    return NoiseModel(float(f"{gain:.9g}"), 0.0, 0.0, True, None, white)
 
 
 def _linear(signal: Floats, sigma: Floats) -> NoiseModel:
@@ -149,7 +174,7 @@ def _linear(signal: Floats, sigma: Floats) -> NoiseModel:
     return NoiseModel(float(gain) * level**2 / unit, float(offset) * level**2, float(np.square(sigma).min()))
 
 
-def _uncut(start: NoiseModel, signal: Floats, sigma: Floats) -> NoiseModel:
+def _behind_cuts(start: NoiseModel, signal: Floats, sigma: Floats) -> NoiseModel:
     """The model that, behind its cuts, looks most like what was measured; looked for from `start`."""
     unit, level = float(np.abs(signal).max()) or 1.0, float(np.median(sigma))
 
@@ -165,7 +190,7 @@ def _uncut(start: NoiseModel, signal: Floats, sigma: Floats) -> NoiseModel:
 
 def _errors(model: NoiseModel, signal: Floats, sigma: Floats) -> Floats:
     """Of each standard deviation that the model would show, relative to the one measured on that mean level."""
-    seen, signals = model._seen_by_signal(float(signal.min()), float(signal.max()))
+    seen, signals = seen_by_signal(model, *model.ends(signal))
     shown = np.interp(signal, seen, model.as_seen(signals)[1])
     return shown / sigma - 1
 

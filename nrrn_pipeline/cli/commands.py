@@ -291,7 +291,9 @@ def train(
     said = network_text(settings.architecture)
     why = f", as {record[CHOSEN]}" if CHOSEN in record else ""
     out.print(f"{weights}: {said}, loss {record['settings']['loss']}{why}")
-    if (validation := record.get("validation")) is not None:
+    if (validation := record.get("validation")) is None:
+        out.print("no slices were held out" + (": they are too few" if hold_out else ""))
+    else:
         looks = dict(validation["step_and_loss"])
         at, taken = validation["best_step"], record["steps_taken"]
         out.print(

@@ -131,7 +131,7 @@ def _figures(comparison: Comparison, rows: Sequence[Row]) -> list[Figure]:
     if profiles:
         made.append(Figure(figures.profile(profiles, unit="voxels"), "The signal along the line across an edge."))
     for each in found:
-        if each.losses:
+        if each.losses or each.looks:
             caption = f"How {each.name} learned: the loss of its steps, and on slices that it did not learn from."
             made.append(Figure(figures.training_curves(each.losses, each.looks), caption))
     residuals = {each.name: each.residual for each in found if each.residual is not None}

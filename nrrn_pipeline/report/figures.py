@@ -168,7 +168,8 @@ def training_curves(losses: Sequence[tuple[float, float]], looks: Sequence[tuple
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        axes.plot(*np.array(losses).T, color=COLOURS[0], linewidth=1.0, label="learnt from")
+        if losses:
+            axes.plot(*np.array(losses).T, color=COLOURS[0], linewidth=1.0, label="learnt from")
         if looks:
             steps, held_out = np.array(looks).T
             axes.plot(steps, held_out, ".-", color=COLOURS[1], linewidth=1.0, label="held out")

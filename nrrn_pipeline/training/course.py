@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from time import perf_counter
 
@@ -50,15 +49,13 @@ class Course:
         return min(self.looks, key=lambda look: look[1], default=None)
 
     def take(self, batch: Tensor) -> None:
-        """One step, and a look if it is time for one. Raises as Training.take does."""
+        """One step, and a look if it is time for one. Raises as Training.take and measure do."""
         self.losses.append(self.training.take(batch))
         taken, steps = self.training.taken, self.training.settings.steps
-        if self.held_out and (taken == steps or taken % max(1, steps // LOOKS) == 0):
-            loss = self.training.measure(self.held_out)
-            before = self.best_look()
-            if loss < (before[1] if before else math.inf):
+        if self.held_out and (taken == steps or taken % -(-steps // LOOKS) == 0):
+            self.looks.append((taken, self.training.measure(self.held_out)))
+            if self.best_look() == self.looks[-1]:
                 self.best = {name: tensor.clone() for name, tensor in self.training.network.state_dict().items()}
-            self.looks.append((taken, loss))
 
     def finished(self) -> DenoisingNetwork:
         """The network at its best, ready to infer; no further steps can be taken. Raises as Training.finished does."""

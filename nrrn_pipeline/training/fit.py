@@ -146,14 +146,23 @@ class Training:
 
     @torch.no_grad()
     def measure(self, batches: Sequence[Tensor]) -> float:
-        """Mean loss on batches that it does not learn from; what is drawn at random is so alike each time."""
+        """Mean loss on batches that it does not learn from; what is drawn at random is so alike each time.
+
+        Raises DivergedError if it is no finite number.
+        """
         self.network.eval()
         losses = [
             LOSSES[self.settings.loss](self.network, batch.to(self.device), _random(self.settings, number, HELD_OUT))
             for number, batch in enumerate(batches)
         ]
         self.network.train()
-        return float(torch.stack(losses).mean())
+        loss = float(torch.stack(losses).mean())
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"training failed at step {self.taken}: the loss on slices held out is {loss}; use a lower "
+                "--learning-rate"
+            )
+        return loss
 
     def state(self) -> dict[str, Tensor]:
         """After a step or more, all that the next one depends on, beside the settings and `taken`."""

@@ -39,7 +39,7 @@ def recorrupted(noisy: NDArray[Any], noise: NoiseModel, random: np.random.Genera
         seen, asked = thinned / SEEN * noise.gain, (counts - thinned) / (1 - SEEN) * noise.gain
     else:
         sigma = noise.sigma(signal)
-        whole = _uncut(noisy.astype(np.float64), signal, sigma, noise, random)
+        whole = _drawn_beyond(noisy.astype(np.float64), signal, sigma, noise, random)
         added = sigma * random.standard_normal(noisy.shape)
         seen, asked = whole + ALPHA * added, whole - added / ALPHA
     if noise.black is not None or noise.white is not None:
@@ -49,7 +49,7 @@ def recorrupted(noisy: NDArray[Any], noise: NoiseModel, random: np.random.Genera
 
 def _counts(noisy: NDArray[Any], signal: Floats, noise: NoiseModel, random: np.random.Generator) -> NDArray[np.int64]:
     """How many there were; beyond white, drawn."""
-    counts = np.rint(noisy / noise.gain).astype(np.int64)
+    counts = np.maximum(np.rint(noisy / noise.gain), 0).astype(np.int64)
     if noise.white is not None:
         cut = _among_others(counts >= noise.counts_at_white)
         rate = np.maximum(signal[cut], 0) / noise.gain
@@ -59,7 +59,9 @@ def _counts(noisy: NDArray[Any], signal: Floats, noise: NoiseModel, random: np.r
     return counts
 
 
-def _uncut(noisy: Floats, signal: Floats, sigma: Floats, noise: NoiseModel, random: np.random.Generator) -> Floats:
+def _drawn_beyond(
+    noisy: Floats, signal: Floats, sigma: Floats, noise: NoiseModel, random: np.random.Generator
+) -> Floats:
     """The same, with what lay at black or white drawn from the part of the normal distribution beyond."""
     for limit, sign in ((noise.black, -1), (noise.white, 1)):
         if limit is not None:

@@ -76,12 +76,13 @@ def train(
     known = {**chosen, "clean": truth and truth.url, "noise": noise and asdict(noise)}
     try:
         _take_all(course, crops, checkpoint, on_step)
-        record = _record(course, crops, known)
-        storage.write_file(absolute(weights), weights_bytes(course.finished(), record))
+        network = course.finished()
     except DivergedError as error:
-        kept = _keep_last_good(course, weights, _record(course, crops, {**known, "stopped": str(error)}))
         checkpoint.remove()  # it would lead here again
-        raise DivergedError(f"{error}{kept}") from error
+        record = _record(course, crops, {**known, "stopped": str(error)})
+        raise DivergedError(f"{error}{_keep_last_good(course, weights, record)}") from error
+    record = _record(course, crops, known)
+    storage.write_file(absolute(weights), weights_bytes(network, record))
     checkpoint.remove()
     return record
 
@@ -114,15 +115,15 @@ def _record(course: Course, crops: Triplets, known: dict[str, Any]) -> dict[str,
 
 
 def _keep_last_good(course: Course, weights: Location, record: dict[str, Any]) -> str:
-    """Write the best weights that a training had which diverged, if it had any; where, for people."""
-    if not course.losses:
+    """Write the best weights of a training that diverged, if it ever looked; where they are, for people."""
+    if not course.best:
         return ""
     url = f"{absolute(weights).removesuffix('.safetensors')}.last-good.safetensors"
     try:
         storage.write_file(url, weights_bytes(course.finished(), record))
-    except DivergedError:  # they are no good
-        return ""
-    return f"; the last good weights are in {url}"
+    except OSError as error:
+        return f"; its best weights until then cannot be written to {url} ({error.strerror or error})"
+    return f"; its best weights until then are in {url}"
 
 
 def _take_all(course: Course, crops: Triplets, checkpoint: Checkpoint, on_step: OnStep | None) -> None:

@@ -25,6 +25,7 @@ from nrrn_pipeline.volume import Volume, read_box
 from nrrn_pipeline.volume_noise import noise_of
 
 SLICES = 128  # enough to train on; more would cost a pass over the whole volume for their statistics
+LEAST_LEFT = 0.7  # of what holding slices out should leave: those next to them are lost too
 RUN = 16  # consecutive slices read together, or a chunk's depth if that is more
 
 
@@ -117,13 +118,13 @@ def triplets(
 
 
 def _split(places: list[Place], share: float) -> tuple[tuple[Place, ...], tuple[Place, ...]]:
-    """What to learn from, and that share, in the middle, to be held out; nothing if nothing would be left to learn."""
+    """What to learn from, and that share, in the middle, to be held out; nothing if too much would be lost."""
     number = int(share * len(places))
     start = (len(places) - number) // 2
     held = tuple(places[start : start + number])
     touching = {z + apart for _, z in held for apart in range(-2, 3)}
     learnt = tuple((run, z) for run, z in places if z not in touching)
-    return (learnt, held) if learnt else (tuple(places), ())
+    return (learnt, held) if len(learnt) >= LEAST_LEFT * (1 - share) * len(places) else (tuple(places), ())
 
 
 def training_runs(volume: Volume) -> list[Span]:

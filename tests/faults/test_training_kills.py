@@ -46,7 +46,7 @@ def steps_of(process: subprocess.Popen[str], kill_after_s: float | None) -> list
 
 
 def test_killed_training_gives_the_weights_of_one_that_was_not(tmp_path: Path) -> None:
-    shape = (14, 64, 64)  # deep enough to hold slices out
+    shape = (18, 64, 64)  # deep enough to hold slices out
     noisy = Noise(sigma=15, seed=1).added(np.full(shape, 120, np.uint8), box_of(shape))
     source = bare_zarr(tmp_path / "source.zarr", noisy)
     assert steps_of(training(source, tmp_path / "whole.safetensors"), None) == [*range(1, STEPS + 1)]

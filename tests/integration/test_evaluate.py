@@ -152,7 +152,7 @@ CURVE = [[1, 3.0], [2, 2.0], [3, 1.5]]
     [
         ({"step_and_mean_loss": CURVE, "validation": {"step_and_loss": CURVE}}, True),
         ({"step_and_mean_loss": CURVE, "validation": "none"}, True),
-        ({"step_and_mean_loss": [[1, "a"]], "validation": {"step_and_loss": CURVE}}, False),
+        ({"step_and_mean_loss": [[1, "a"]], "validation": {"step_and_loss": CURVE}}, True),
         ({"step_and_mean_loss": [[1, 2, 3]]}, False),
         ({"step_and_mean_loss": [[1], [1, 2]]}, False),
         ({"step_and_mean_loss": [[1, 1e999]]}, False),

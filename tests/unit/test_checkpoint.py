@@ -19,7 +19,7 @@ from nrrn_pipeline.network import load_weights
 from nrrn_pipeline.noise import Noise
 from tests.support import bare_zarr
 
-SHAPE = (14, 64, 64)  # deep enough to hold slices out
+SHAPE = (18, 64, 64)  # deep enough to hold slices out
 TINY = TrainSettings(
     units=1, channels=4, steps=6, batch=2, crop=16, learning_rate=1e-2, device="cpu", loss="adjacent", checkpoint_s=0
 )
@@ -94,7 +94,7 @@ def test_a_checkpoint_of_another_training_is_refused_and_kept(source: Path, tmp_
     for used, settings, said in (
         (source, replace(TINY, steps=7), "is of another training: steps was 6, now 7"),
         (source, replace(TINY, loss="blind-spot", seed=3), "seed was 0, now 3; loss was adjacent, now blind-spot"),
-        (other, TINY, r"source was .*source\.zarr, now .*other\.zarr; source shape was \[14, 64, 64\], now \[5"),
+        (other, TINY, r"source was .*source\.zarr, now .*other\.zarr; source shape was \[18, 64, 64\], now \[5"),
     ):
         with pytest.raises(InputError, match=said):
             train(used, weights, settings)

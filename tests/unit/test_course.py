@@ -24,7 +24,7 @@ from nrrn_pipeline.training.fit import Training
 from tests.support import bare_zarr
 
 TINY = TrainSettings(units=1, channels=4, steps=40, batch=2, crop=16, learning_rate=1e-2, device="cpu", loss="adjacent")
-SHAPE = (14, 48, 48)
+SHAPE = (18, 48, 48)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,7 +51,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def test_a_course_looks_twenty_times_and_at_its_end() -> None:
-    for steps, at in ((40, [*range(2, 41, 2)]), (45, [*range(2, 45, 2), 45]), (3, [1, 2, 3])):
+    for steps, at in ((40, [*range(2, 41, 2)]), (45, [*range(3, 46, 3)]), (22, [*range(2, 23, 2)]), (3, [1, 2, 3])):
         made = course(steps=steps)
         while not made.is_over:
             made.take(batch(made.training.taken))
@@ -74,7 +74,7 @@ def test_a_look_is_the_loss_on_what_is_held_out_and_changes_nothing() -> None:
 @pytest.mark.parametrize("network", ["nrrn", "unet"])
 def test_the_weights_are_those_of_the_best_look(network: str) -> None:
     loss = "adjacent" if network == "nrrn" else "blind-spot"
-    made = course([3.0, 1.0, math.nan, 2.0], steps=4, network=network, loss=loss)
+    made = course([3.0, 1.0, 4.0, 2.0], steps=4, network=network, loss=loss)
     best: dict[str, Tensor] = {}
     for step in range(4):
         made.take(batch(step))
@@ -128,7 +128,7 @@ def source(tmp_path: Path) -> Path:
 
 def test_the_record_says_what_was_held_out_and_how_it_went(source: Path, tmp_path: Path) -> None:
     record = train(source, tmp_path / "w.safetensors", TINY)
-    assert record["validation"]["slices"] == [6]
+    assert record["validation"]["slices"] == [8]
     looks = record["validation"]["step_and_loss"]
     assert len(looks) == LOOKS
     assert record["validation"]["best_step"] == min(looks, key=lambda look: look[1])[0]
@@ -152,6 +152,33 @@ def diverging(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     monkeypatch.setattr(fit, "adjacent_slices_loss", loss)
 
 
+def test_a_look_at_what_is_no_number_is_the_end() -> None:
+    made = course(steps=3)
+    made.held_out = [batch(1) * 1e30]
+    with pytest.raises(DivergedError, match=r"failed at step 1: the loss on slices held out is (inf|nan); use a lower"):
+        made.take(batch(0))
+    assert made.looks == []
+
+
+def test_of_training_that_diverges_before_its_first_look_nothing_is_kept(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverging(monkeypatch, 2)
+    with pytest.raises(DivergedError, match=r"failed at step 2: the loss is nan; use a lower --learning-rate$"):
+        train(source, tmp_path / "w.safetensors", TINY)
+    assert [*tmp_path.iterdir()] == [source]
+
+
+def test_best_weights_that_cannot_be_written_do_not_hide_why_training_failed(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverging(monkeypatch, 31)
+    (tmp_path / "w.last-good.safetensors").mkdir()
+    with pytest.raises(DivergedError, match=r"at step 31: .* cannot be written to .*last-good.* \(Is a"):
+        train(source, tmp_path / "w.safetensors", replace(TINY, checkpoint_s=0))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source.zarr", "w.last-good.safetensors"]
+
+
 @pytest.mark.parametrize("name", ["w.safetensors", "w"])
 def test_of_training_that_diverges_the_last_good_weights_are_kept(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -160,7 +187,7 @@ def test_of_training_that_diverges_the_last_good_weights_are_kept(
     diverging(monkeypatch, 31)
     with pytest.raises(
         DivergedError,
-        match=r"failed at step 31: the loss is nan; use a lower --learning-rate; .* weights are in .*/w\.last-good",
+        match=r"at step 31: the loss is nan; use a lower --learning-rate; its best weights .* are in .*/w\.last-good",
     ):
         train(source, tmp_path / name, replace(TINY, checkpoint_s=0))
     kept = tmp_path / "w.last-good.safetensors"

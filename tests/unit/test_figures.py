@@ -183,8 +183,8 @@ def test_any_name_is_drawn_as_it_is(draw: Any, name: str) -> None:
 
 @pytest.mark.parametrize("losses", [[(1.0, 2.0)], [(1.0, 2.0), (2.0, 2.0)], [(1.0, -3.0), (2.0, 1e30)]])
 def test_any_losses_are_drawn(losses: list[tuple[float, float]]) -> None:
-    for looks in ([], losses):
-        assert pixels(training_curves(losses, looks)).shape[1] == 900
+    for steps, looks in ((losses, []), (losses, losses), ([], losses)):
+        assert pixels(training_curves(steps, looks)).shape[1] == 900
 
 
 @pytest.mark.parametrize("draw", [patch_histogram, box_plots, profile, residual_autocorrelation])

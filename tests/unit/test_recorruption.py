@@ -101,6 +101,12 @@ def test_a_frame_without_image_stays_what_it_is_in_the_mean(level: int, limits: 
     assert abs(asked[:, :24].mean() - level) < 2
 
 
+def test_of_counts_a_dead_voxel_below_0_is_none() -> None:
+    dead = np.full((16, 16), 64.0, np.float32)
+    dead[3, 4] = -9
+    assert np.isfinite(recorrupted(dead, NoiseModel(8.0, 0.0, 0.0, counts=True), random())).all()
+
+
 def test_a_slice_of_which_nothing_is_left_is_no_trouble() -> None:
     for model in (
         NoiseModel(0.0, 100.0, 1.0, black=0.0, white=255.0),
