@@ -199,7 +199,7 @@ def test_a_lease_from_the_future_runs_out_like_any_other(plan: DenoisePlan) -> N
     began = time.monotonic()
     told = list(run_plan(plan, run_serially, "cpu"))
     assert any("waiting" in progress.stage for progress in told)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60  # and not an hour
 
 
 def test_a_record_cut_short_is_named_by_verify_and_by_the_run_that_mends_it(

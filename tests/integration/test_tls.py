@@ -79,7 +79,7 @@ def refusal(address: str, keys: Path | None = None) -> str:
     begun = time.monotonic()
     with pytest.raises(InputError) as refused, address_client(address, keys):
         pass
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 45  # and not a minute
     assert str(refused.value).isprintable()
     return str(refused.value)
 

@@ -23,7 +23,7 @@ SHAPE = (8, 40, 48)
 def run(*words: object, status: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [str(word) for word in words]
     environ = {**os.environ, **environment}
-    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=570, check=False)
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     return done

@@ -258,10 +258,11 @@ def test_the_claim_of_a_silent_one_elsewhere_is_taken_after_the_lease_and_no_soo
         assert time.monotonic() - started >= LEASE_S
 
 
-def test_the_claim_of_one_that_gives_signs_is_never_taken(place: str) -> None:
+def test_the_claim_of_one_that_gives_signs_is_never_taken(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presence_module, "LEASE_S", 3 * LEASE_S)  # however late a renewal comes on a busy machine
     with joined(place, 0) as alive, joined(place, 1) as member:
         assert alive.claim("z0")
-        ends = time.monotonic() + 3 * LEASE_S
+        ends = time.monotonic() + 6 * LEASE_S
         while time.monotonic() < ends:
             assert not member.claim("z0")
             time.sleep(0.05)
@@ -337,11 +338,15 @@ def test_a_member_is_refused_while_a_driver_is_at_work(place: str, monkeypatch: 
 
 
 @pytest.mark.parametrize("fields", [{}, {"state": "complete"}])
-def test_a_driver_follows_dead_members_and_deletes_their_signs(place: str, fields: dict[str, str]) -> None:
+def test_a_driver_follows_dead_members_and_deletes_their_signs(
+    place: str, monkeypatch: pytest.MonkeyPatch, fields: dict[str, str]
+) -> None:
+    lease_s = 600.0 if fields else LEASE_S  # who said that it ended is not waited for
+    monkeypatch.setattr(presence_module, "LEASE_S", lease_s)
     put_member(place, **fields)
     started = time.monotonic()
     with driving(place):
-        assert (time.monotonic() - started >= LEASE_S) == (not fields)
+        assert fields or time.monotonic() - started >= lease_s
         assert members(place) == {}
 
 
