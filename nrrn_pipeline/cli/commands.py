@@ -239,6 +239,9 @@ def train(
         int | None, typer.Option(help="Building units (2; the paper's: 4), layers (20) or poolings (4).")
     ] = None,
     channels: Annotated[int | None, typer.Option(help="Feature maps (16; the paper's, and its peers': 64).")] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="W0", help="Weights to go on from, such as of another volume.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Weight updates.")] = TrainSettings.steps,
     batch: Annotated[int, typer.Option(help="Crops an update.")] = TrainSettings.batch,
     crop: Annotated[int, typer.Option(help="Side of a crop in voxels.")] = TrainSettings.crop,
@@ -277,6 +280,7 @@ def train(
         halve_every=halve_every,
         hold_out=hold_out,
         patience=patience,
+        start=start,
         seed=seed,
         device=device,
     )

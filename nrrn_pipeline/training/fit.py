@@ -38,6 +38,7 @@ class TrainSettings:
     steps (vEMden's way; 0: never, the paper's). network, units, channels, inputs: as of Architecture. loss: a key of
     LOSSES, or "auto", by the volume's noise. checkpoint_s: seconds between two checkpoints. hold_out: share of the
     slices that validation takes; patience: how many of its looks in a row may find nothing better (0: any number).
+    start: weights to go on from, of the same network; None: random ones.
     None: 2 units, 16 channels and a rate of 0.02 for NRRN; for its peers what was published, and 0.001.
     """
 
@@ -56,6 +57,7 @@ class TrainSettings:
     checkpoint_s: float = 300.0
     hold_out: float = 0.1
     patience: int = 10
+    start: str | None = None
 
     def __post_init__(self) -> None:
         """Raises InputError for numbers that no network can be trained with."""
@@ -108,13 +110,18 @@ class TrainSettings:
 class Training:
     """A network in training. A step depends on the settings, its batch and its number alone: so one can go on later."""
 
-    def __init__(self, settings: TrainSettings) -> None:
-        """Raises InputError if the device is not there, ValueError for loss auto, which knows no batches."""
+    def __init__(self, settings: TrainSettings, start: DenoisingNetwork | None = None) -> None:
+        """From the weights of `start`, a network of the same architecture, or from random ones.
+
+        Raises InputError if the device is not there, ValueError for loss auto, which knows no batches.
+        """
         if settings.loss == AUTO:
             raise ValueError("loss auto is for train(), which sees the volume: name one")
         self.settings, self.taken, self.device = settings, 0, choose_device(settings.device)
         torch.manual_seed(settings.seed)
         self.network = settings.architecture.build().to(self.device)
+        if start is not None:
+            self.network.load_state_dict(start.state_dict())
         self.optimiser = torch.optim.Adam(self.network.parameters(), betas=(0.9, 0.999), eps=1e-8)
 
     def take(self, batch: Tensor) -> float:

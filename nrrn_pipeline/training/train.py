@@ -14,9 +14,10 @@ import numpy as np
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import DivergedError, InputError
-from nrrn_pipeline.network import choose_device, weights_bytes
+from nrrn_pipeline.network import DenoisingNetwork, bytes_hash, choose_device, parse_weights, weights_bytes
 from nrrn_pipeline.noise_details import NoiseCurve
 from nrrn_pipeline.places import absolute
+from nrrn_pipeline.slab import read_weights
 from nrrn_pipeline.training.checkpoint import Checkpoint
 from nrrn_pipeline.training.choosing import loss_for
 from nrrn_pipeline.training.course import LOOKED_AT, Course
@@ -27,6 +28,7 @@ from nrrn_pipeline.volume_noise import measure_volume, noise_of
 
 Location = str | os.PathLike[str]
 
+STARTED = "SHA-256 of the weights it went on from"
 CHOSEN, OUTLIERS = "loss was chosen, as", "slices left out for their noise"
 PARTS = 100  # of a training, in the record of its losses
 LOSS_NAMES = {
@@ -59,7 +61,7 @@ def train(
     Raises InputError if the volume or the settings do not allow it, or `weights` exists or cannot be written;
     DivergedError if training diverges; RunError if a checkpoint cannot be written.
     """
-    settings = (settings or TrainSettings()).spelt_out
+    settings, start, known = _begun(settings or TrainSettings())
     choose_device(settings.device)
     volume = open_volume(source, level)
     storage.check_new_file(weights)
@@ -67,13 +69,14 @@ def train(
     settings, noise, chosen = _settled(settings, volume, truth)
     asked = {name: value for name, value in asdict(settings).items() if name not in ("device", "checkpoint_s")}
     asked |= {"source": volume.url, "source shape": list(volume.shape), "source dtype": volume.dtype}
-    asked |= {"clean": truth and truth.url, "noise": noise and asdict(noise.model), OUTLIERS: chosen.get(OUTLIERS)}
+    asked |= {**known, "clean": truth and truth.url, "noise": noise and asdict(noise.model)}
+    asked[OUTLIERS] = chosen.get(OUTLIERS)
     checkpoint = Checkpoint(f"{absolute(weights)}.checkpoint", asked)
-    course = Course(Training(settings))
+    course = Course(Training(settings, start))
     checkpoint.restore(course)  # before anything that takes long
     crops = triplets(volume, settings, truth, noise.model if noise else None, chosen.get(OUTLIERS, ()))
     course.held_out = crops.validation(LOOKED_AT)
-    known = {**chosen, "clean": truth and truth.url, "noise": noise and asdict(noise)}
+    known |= {**chosen, "clean": truth and truth.url, "noise": noise and asdict(noise)}
     try:
         _take_all(course, crops, checkpoint, on_step)
         network = course.finished()
@@ -85,6 +88,28 @@ def train(
     storage.write_file(absolute(weights), weights_bytes(network, record))
     checkpoint.remove()
     return record
+
+
+def _begun(settings: TrainSettings) -> tuple[TrainSettings, DenoisingNetwork | None, dict[str, Any]]:
+    """The settings spelt out, as the weights to go on from say; their network; what the record says of them.
+
+    Raises InputError for weights that cannot be read, or are not of the network asked for.
+    """
+    if settings.start is None:
+        return settings.spelt_out, None, {}
+    url = absolute(settings.start)
+    data = read_weights(url)
+    network = parse_weights(data, url)
+    own = network.architecture
+    if settings.network == own.kind:
+        units, channels, inputs = (getattr(settings, of) or getattr(own, of) for of in ("units", "channels", "inputs"))
+        settings = replace(settings, start=url, units=units, channels=channels, inputs=inputs)
+    if settings.architecture != own:
+        raise InputError(
+            f"{url} holds {own}, inputs {own.inputs}; asked for is {settings.architecture}, inputs "
+            f"{settings.architecture.inputs}: give --network {own.kind}, and leave its sizes out"
+        )
+    return settings.spelt_out, network, {STARTED: bytes_hash(data)}
 
 
 def _record(course: Course, crops: Triplets, known: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from nrrn_pipeline import InputError, RunError, TrainSettings, storage, train
 from nrrn_pipeline.geometry import box_of
 from nrrn_pipeline.network import load_weights
 from nrrn_pipeline.noise import Noise
-from tests.support import bare_zarr
+from tests.support import bare_zarr, tiny_weights
 
 SHAPE = (18, 64, 64)  # deep enough to hold slices out
 TINY = TrainSettings(
@@ -81,6 +81,19 @@ def test_resumed_training_is_uninterrupted_training(source: Path, tmp_path: Path
     assert same(tmp_path / "whole.safetensors", resumed)
     assert again["mean_loss_of_last_tenth"] == whole["mean_loss_of_last_tenth"]
     assert not checkpoint.exists()
+
+
+def test_training_that_went_on_from_weights_resumes_from_these_alone(source: Path, tmp_path: Path) -> None:
+    tiny_weights(tmp_path / "start.safetensors")
+    settings = replace(TINY, start=str(tmp_path / "start.safetensors"))
+    train(source, tmp_path / "whole.safetensors", settings)
+    begin(source, tmp_path / "resumed.safetensors", settings)
+    train(source, tmp_path / "resumed.safetensors", settings)
+    assert same(tmp_path / "whole.safetensors", tmp_path / "resumed.safetensors")
+    begin(source, tmp_path / "other.safetensors", settings)
+    tiny_weights(tmp_path / "start.safetensors", seed=1)
+    with pytest.raises(InputError, match=r"SHA-256 of the weights it went on from was .*, now "):
+        train(source, tmp_path / "other.safetensors", settings)
 
 
 def test_a_checkpoint_is_written_no_more_often_than_asked(source: Path, tmp_path: Path) -> None:

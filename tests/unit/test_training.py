@@ -24,7 +24,7 @@ from nrrn_pipeline.training.fit import TrainSettings, fit
 from nrrn_pipeline.training.loss import adjacent_slices_loss, clean_loss
 from nrrn_pipeline.training.triplets import triplets
 from nrrn_pipeline.volume import Volume, open_volume
-from tests.support import bare_zarr, image_like, tiny_network
+from tests.support import bare_zarr, image_like, tiny_network, tiny_weights
 
 TINY = TrainSettings(units=1, channels=4, steps=4, batch=2, crop=8, learning_rate=1e-2, device="cpu", loss="adjacent")
 
@@ -327,6 +327,46 @@ def test_train_refuses_a_missing_source_and_writes_nothing(tmp_path: Path) -> No
     with pytest.raises(InputError, match="there is nothing there"):
         train(tmp_path / "absent.zarr", tmp_path / "a.safetensors", TINY)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("network", ["nrrn", "unet"])
+def test_training_goes_on_from_weights(source: Path, tmp_path: Path, network: str) -> None:
+    first = replace(TINY, network=network, loss="blind-spot", units=1, channels=3, crop=16)
+    record = train(source, tmp_path / "first.safetensors", first)
+    again = replace(
+        first, units=None, channels=None, steps=1, learning_rate=1e-6, start=str(tmp_path / "first.safetensors")
+    )
+    told = train(source, tmp_path / "again.safetensors", again)
+    assert (told["settings"]["units"], told["settings"]["channels"]) == (1, 3)
+    assert told["settings"]["start"] == str(tmp_path / "first.safetensors")
+    assert len(told["SHA-256 of the weights it went on from"]) == 64
+    assert "SHA-256 of the weights it went on from" not in record
+    one, other = (load_weights(tmp_path / f"{name}.safetensors") for name in ("first", "again"))
+    for name, parameter in parameters_of(one).items():
+        torch.testing.assert_close(parameters_of(other)[name], parameter, rtol=0, atol=1e-5)
+    assert not same_weights(one, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"channels": 5}, "holds an NRRN with units 1, channels 4, .* asked for is an NRRN with units 1, channels 5"),
+        ({"units": 2}, "asked for is an NRRN with units 2"),
+        (
+            {"network": "unet", "loss": "clean"},
+            "asked for is a U-Net with .*: give --network nrrn, and leave its sizes",
+        ),
+        ({"start": "nowhere.safetensors"}, r"no weights at .*nowhere\.safetensors"),
+    ],
+)
+def test_weights_that_do_not_fit_are_not_gone_on_from(
+    source: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    tiny_weights(tmp_path / "start.safetensors")
+    settings = {"units": None, "channels": None, "start": str(tmp_path / "start.safetensors")} | changes
+    with pytest.raises(InputError, match=words):
+        train(source, tmp_path / "a.safetensors", replace(TINY, **settings))
+    assert not (tmp_path / "a.safetensors").exists()
 
 
 def test_the_noise_that_was_trained_with_is_in_the_record(tmp_path: Path) -> None:
