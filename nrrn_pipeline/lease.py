@@ -9,6 +9,7 @@ RENEW_S. Another takes over when the file has not changed for LEASE_S, or its pr
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Generator
 from contextlib import suppress
@@ -18,6 +19,8 @@ from typing import Any
 from nrrn_pipeline import presence, storage
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.presence import Presence, Watch, has_ended
+
+DRIVER, MOST_DRIVERS = re.compile(r"[0-9]{7}\.json", re.ASCII), 9_999_999
 
 
 def last_driver(ledger_url: str) -> dict[str, Any] | None:
@@ -65,6 +68,8 @@ class Lease:
         while True:
             names = yield from wait_for_end(self.ledger_url)
             self.number = int(names[-1].partition(".")[0]) + 1 if names else 1
+            if self.number > MOST_DRIVERS:
+                raise InputError(f"{self.ledger_url}/drivers holds {names[-1]}: no run has had so many; delete it")
             written = storage.write_document(self._url, self.presence.document("running"), new=True)
             if written or self.presence.is_owner_of(self._url):
                 if driver_names(self.ledger_url)[-1:] == [f"{self.number:07}.json"] and not members(self.ledger_url):
@@ -164,7 +169,5 @@ def _at_work(holder: dict[str, Any]) -> InputError:
 
 
 def driver_names(ledger_url: str) -> list[str]:
-    """Names of the files of drivers, the last one's last."""
-    return sorted(
-        name for name in storage.list_sizes(f"{ledger_url}/drivers") if name.removesuffix(".json").isdecimal()
-    )
+    """Names of the files of drivers, the last one's last; whatever else lies there is none of ours."""
+    return sorted(name for name in storage.list_sizes(f"{ledger_url}/drivers") if DRIVER.fullmatch(name))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from nrrn_pipeline import presence as presence_module
@@ -361,6 +361,33 @@ def test_nothing_that_a_driver_says_does_more_than_refuse(
     storage.write_document(f"{url}/drivers/0000001.json", document)
     assert isinstance(last_driver(url), dict)
     assert list(wait_for_end(url)) == []
+
+
+@given(
+    name=st.text(st.sampled_from("0123456789\u0663\u00b2"), min_size=1).map(lambda digits: f"{digits}.json")
+    | st.text(st.sampled_from("0189\u0663"), min_size=1)
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
+@example("9")
+@example("12345678.json")
+@example("9" * 200)
+@example("0000012.json")
+@example("\u0663\u0663\u0663\u0663\u0663\u0663\u0663.json")
+def test_no_number_among_the_drivers_holds_a_run_up(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(presence_module, "LEASE_S", 0.0)
+    url = f"memory://drivers/{uuid.uuid4().hex}"
+    storage.write_file(f"{url}/drivers/{name}", b"x")
+    if name == "9999999.json":
+        return
+    with held(url) as lease:
+        assert f"{lease.number:07}.json" in drivers(url)
+
+
+def test_after_the_last_number_there_is_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presence_module, "LEASE_S", 0.0)
+    put_driver(str(tmp_path), 9_999_999, state="complete")
+    with pytest.raises(InputError, match=r"drivers holds 9999999\.json: no run has had so many; delete it"):
+        list(Lease(str(tmp_path)).take())
 
 
 @given(name=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/\0"), min_size=1))
