@@ -20,7 +20,7 @@ from nrrn_pipeline import presence, storage
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.presence import Presence, Watch, has_ended
 
-DRIVER, MOST_DRIVERS = re.compile(r"[0-9]{7}\.json", re.ASCII), 9_999_999
+DRIVER, MOST_DRIVERS = re.compile(r"[0-9]{7}\.json"), 9_999_999
 
 
 def last_driver(ledger_url: str) -> dict[str, Any] | None:
@@ -72,7 +72,7 @@ class Lease:
                 raise InputError(f"{self.ledger_url}/drivers holds {names[-1]}: no run has had so many; delete it")
             written = storage.write_document(self._url, self.presence.document("running"), new=True)
             if written or self.presence.is_owner_of(self._url):
-                if driver_names(self.ledger_url)[-1:] == [f"{self.number:07}.json"] and not members(self.ledger_url):
+                if driver_names(self.ledger_url)[-1:] == [self._name] and not members(self.ledger_url):
                     break
                 storage.remove_file(self._url)  # while we were asleep others came and went: our number was free again
         for name in names:
@@ -91,12 +91,16 @@ class Lease:
                 storage.write_document(self._url, self.presence.document(state))
 
     @property
+    def _name(self) -> str:
+        return f"{self.number:07}.json"
+
+    @property
     def _url(self) -> str:
-        return f"{self.ledger_url}/drivers/{self.number:07}.json"
+        return f"{self.ledger_url}/drivers/{self._name}"
 
     def _trouble(self) -> str:
         names = driver_names(self.ledger_url)
-        if names and names[-1] == f"{self.number:07}.json":
+        if names and names[-1] == self._name:
             return ""
         return "another driver has taken over" if names else "the output was deleted under the run"
 

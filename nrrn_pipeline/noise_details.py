@@ -111,15 +111,20 @@ def _parts(plane: NDArray[Any]) -> tuple[Floats, Floats, NDArray[np.bool_]]:
     inside = np.s_[MARGIN:-MARGIN, MARGIN:-MARGIN]
     details = convolve1d(convolve1d(values, DIFFERENCE, axis=0), DIFFERENCE, axis=1)
     slope = np.hypot(*np.gradient(gaussian_filter(values, EDGE)))
-    rough = (maximum_filter(values, SIGNAL) > minimum_filter(values, SIGNAL))[inside]
+    rough = ~_flat(values)[inside]
     limit = np.median(slope[inside][rough]) if rough.any() else 0.0
     return local_means(values)[inside], details[inside], rough & (slope[inside] <= limit)
 
 
 def _with_noise(plane: NDArray[Any]) -> NDArray[Any]:
     """(n,) voxels but for those of what is exactly flat."""
-    flat = maximum_filter(plane, SIGNAL) == minimum_filter(plane, SIGNAL)
-    found: NDArray[Any] = plane[~maximum_filter(flat, SIGNAL)]
+    found: NDArray[Any] = plane[~maximum_filter(_flat(plane), SIGNAL)]
+    return found
+
+
+def _flat(plane: NDArray[Any]) -> NDArray[np.bool_]:
+    """(y, x) which voxels have but their equals around."""
+    found: NDArray[np.bool_] = maximum_filter(plane, SIGNAL) == minimum_filter(plane, SIGNAL)
     return found
 
 

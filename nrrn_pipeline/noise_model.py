@@ -52,6 +52,11 @@ class NoiseModel:
     black: float | None = None
     white: float | None = None
 
+    @property
+    def cut(self) -> bool:
+        """Whether any voxels were cut off."""
+        return self.black is not None or self.white is not None
+
     def sigma(self, signal: NDArray[Any]) -> Floats:
         """Standard deviation of the noise on voxels of that signal, both in grey levels, before any cut."""
         return np.sqrt(np.maximum(self.gain * np.asarray(signal, np.float64) + self.offset, self.least))
@@ -59,7 +64,7 @@ class NoiseModel:
     def as_seen(self, signal: NDArray[Any]) -> tuple[Floats, Floats]:
         """(n,) signals -> mean and standard deviation of voxels of that signal, with what was cut off."""
         signal = np.asarray(signal, np.float64)
-        if self.black is None and self.white is None:
+        if not self.cut:
             return signal, self.sigma(signal)
         if self.counts:
             most = self.counts_at_white
@@ -83,9 +88,10 @@ class NoiseModel:
         The mean of SIGNAL x SIGNAL voxels; where some of these were cut off, of what they were before.
         """
         means = local_means(noisy)
-        if self.black is None and self.white is None:
+        if not self.cut:
             return means
-        found: Floats = np.interp(means, *seen_by_signal(self, *self.ends(means)))
+        signals, seen, _ = on_grid(self, *self.ends(means))
+        found: Floats = np.interp(means, seen, signals)
         return found
 
     def ends(self, means: Floats) -> tuple[float, float]:
@@ -100,10 +106,11 @@ class NoiseModel:
 
 
 @lru_cache(maxsize=8)
-def seen_by_signal(model: NoiseModel, start: float, stop: float) -> tuple[Floats, Floats]:
-    """(GRID,) signals, and before them the means of voxels of these, ascending."""
+def on_grid(model: NoiseModel, start: float, stop: float) -> tuple[Floats, Floats, Floats]:
+    """(GRID,) signals, and the mean, ascending, and the standard deviation of voxels of these, as seen."""
     signals = np.linspace(start, stop, GRID)
-    return np.maximum.accumulate(model.as_seen(signals)[0]), signals
+    means, spreads = model.as_seen(signals)
+    return signals, np.maximum.accumulate(means), spreads
 
 
 def local_means(noisy: NDArray[Any]) -> Floats:
@@ -115,23 +122,22 @@ def local_means(noisy: NDArray[Any]) -> Floats:
 def fitted(signal: Floats, sigma: Floats, voxels: NDArray[Any]) -> NoiseModel:
     """The model of the (n,) standard deviations measured on (n,) mean levels of `voxels`; in any unit.
 
-    Of two that fit alike, counts are preferred, if the voxels take few levels, evenly spaced. Raises InputError if most
-    voxels are cut off.
+    It is of counts if the voxels take few levels, evenly spaced, and are as strong as counts are. Raises InputError if
+    most voxels are cut off.
     """
     levels, held = np.unique(voxels, return_counts=True)
     black, white = (_limit(levels[order], held[order]) for order in (np.s_[:], np.s_[::-1]))
     below_white = _inside(signal, sigma, white)
     inside = below_white & _inside(-signal, sigma, None if black is None else -black)
-    counts = _counts(levels[held >= LEAST_CUT_VOXELS], black, white)
-    if counts is not None and below_white.any() and _misfit(counts, signal[below_white], sigma[below_white]) <= WRONG:
-        return counts
-    if inside.sum() < LEAST_LEVELS:
-        raise InputError("noise cannot be measured: on most levels nearly all voxels are cut off at black or white")
-    normal = _linear(signal[inside], sigma[inside])
-    if black is not None or white is not None:
-        normal = _behind_cuts(replace(normal, black=black, white=white), signal[inside], sigma[inside])
-    gain, offset, least = (float(f"{value:.9g}") for value in (normal.gain, normal.offset, normal.least))
-    return replace(normal, gain=gain, offset=offset, least=least)  # the last bits differ between machines
+    model = _counts(levels[held >= LEAST_CUT_VOXELS], black, white)
+    if model is None or not below_white.any() or _misfit(model, signal[below_white], sigma[below_white]) > WRONG:
+        if inside.sum() < LEAST_LEVELS:
+            raise InputError("noise cannot be measured: on most levels nearly all voxels are cut off at black or white")
+        model = replace(_linear(signal[inside], sigma[inside]), black=black, white=white)
+        if model.cut:
+            model = _behind_cuts(model, signal[inside], sigma[inside])
+    gain, offset, least = (float(f"{value:.9g}") for value in (model.gain, model.offset, model.least))
+    return replace(model, gain=gain, offset=offset, least=least)  # the last bits differ between machines
 
 
 def _inside(signal: Floats, sigma: Floats, white: float | None) -> NDArray[np.bool_]:
@@ -162,12 +168,12 @@ def _counts(levels: NDArray[Any], black: float | None, white: float | None) -> N
     off = np.abs(levels - gain * counts).max()
     if gain <= LEAST_SPACING * rounded or off > IRREGULAR * gain + 0.5 * rounded:
         return None
-    return NoiseModel(float(f"{gain:.9g}"), 0.0, 0.0, True, None, white)
+    return NoiseModel(gain, 0.0, 0.0, True, None, white)
 
 
 def _linear(signal: Floats, sigma: Floats) -> NoiseModel:
     """By least squares of relative errors, as the spread of a variance grows with it."""
-    unit, level = float(np.abs(signal).max()) or 1.0, float(np.median(sigma))
+    unit, level = _units(signal, sigma)
     weight = np.square(level / sigma)
     terms = np.stack([signal / unit * weight, weight], axis=1)
     gain, offset = np.linalg.lstsq(terms, np.ones_like(signal), rcond=None)[0]
@@ -176,7 +182,7 @@ def _linear(signal: Floats, sigma: Floats) -> NoiseModel:
 
 def _behind_cuts(start: NoiseModel, signal: Floats, sigma: Floats) -> NoiseModel:
     """The model that, behind its cuts, looks most like what was measured; looked for from `start`."""
-    unit, level = float(np.abs(signal).max()) or 1.0, float(np.median(sigma))
+    unit, level = _units(signal, sigma)
 
     def model(found: Floats) -> NoiseModel:
         return replace(start, gain=float(found[0]) * level**2 / unit, offset=float(found[1]) * level**2)
@@ -188,11 +194,15 @@ def _behind_cuts(start: NoiseModel, signal: Floats, sigma: Floats) -> NoiseModel
     return model(least_squares(errors, first, loss="soft_l1", f_scale=0.1).x)
 
 
+def _units(signal: Floats, sigma: Floats) -> tuple[float, float]:
+    """In which signals and standard deviations are about 1."""
+    return float(np.abs(signal).max()) or 1.0, float(np.median(sigma))
+
+
 def _errors(model: NoiseModel, signal: Floats, sigma: Floats) -> Floats:
     """Of each standard deviation that the model would show, relative to the one measured on that mean level."""
-    seen, signals = seen_by_signal(model, *model.ends(signal))
-    shown = np.interp(signal, seen, model.as_seen(signals)[1])
-    return shown / sigma - 1
+    _, seen, spreads = on_grid(model, *model.ends(signal))
+    return np.interp(signal, seen, spreads) / sigma - 1
 
 
 def _misfit(model: NoiseModel, signal: Floats, sigma: Floats) -> float:

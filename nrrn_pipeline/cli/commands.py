@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -295,15 +295,20 @@ def train(
     said = network_text(settings.architecture)
     why = f", as {record[CHOSEN]}" if CHOSEN in record else ""
     out.print(f"{weights}: {said}, loss {record['settings']['loss']}{why}")
-    if (validation := record.get("validation")) is None:
-        out.print("no slices were held out" + (": they are too few" if hold_out else ""))
-    else:
-        looks = dict(validation["step_and_loss"])
-        at, taken = validation["best_step"], record["steps_taken"]
-        out.print(
-            f"on {counted(len(validation['slices']), 'slice')} held out the loss fell from {looks[min(looks)]:.4f} to "
-            f"{looks[at]:.4f} at step {at} of {taken}" + (", where it stopped early" if taken < steps else "")
-        )
+    out.print(_validation_text(record))
+
+
+def _validation_text(record: dict[str, Any]) -> str:
+    """How training did on slices held out, as its record says."""
+    settings, validation = record["settings"], record.get("validation")
+    if validation is None:
+        return "no slices were held out" + (": they are too few" if settings["hold_out"] else "")
+    looks, at, taken = validation["step_and_loss"], validation["best_step"], record["steps_taken"]
+    return (
+        f"on {counted(len(validation['slices']), 'slice')} held out the loss fell from {looks[0][1]:.4f} to "
+        f"{dict(looks)[at]:.4f} at step {at} of {taken}"
+        + (", where it stopped early" if taken < settings["steps"] else "")
+    )
 
 
 @weights_app.command("import")

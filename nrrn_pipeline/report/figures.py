@@ -146,7 +146,7 @@ def noise_curves(found: VolumeNoise) -> bytes:
         left, right = figure.subplots(1, 2, width_ratios=(2, 3), sharey=True)
         signal = np.linspace(curve.signal[0], curve.signal[-1], 100)
         left.plot(*curve.model.as_seen(signal), color=BLACK, linewidth=1.0, label="model")
-        if curve.model.black is not None or curve.model.white is not None:
+        if curve.model.cut:
             left.plot(signal, curve.model.sigma(signal), "--", color=BLACK, linewidth=1.0, label="before the cut")
         left.plot(curve.signal, curve.sigma, "o", color=COLOURS[0], markersize=3, label="measured")
         left.legend(frameon=False)

@@ -42,7 +42,7 @@ def recorrupted(noisy: NDArray[Any], noise: NoiseModel, random: np.random.Genera
         whole = _drawn_beyond(noisy.astype(np.float64), signal, sigma, noise, random)
         added = sigma * random.standard_normal(noisy.shape)
         seen, asked = whole + ALPHA * added, whole - added / ALPHA
-    if noise.black is not None or noise.white is not None:
+    if noise.cut:
         seen = np.clip(seen, noise.black, noise.white)
     return seen, asked
 

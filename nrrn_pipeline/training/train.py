@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 from dataclasses import asdict, replace
@@ -82,8 +81,10 @@ def train(
         network = course.finished()
     except DivergedError as error:
         checkpoint.remove()  # it would lead here again
+        if not course.best:
+            raise
         record = _record(course, crops, {**known, "stopped": str(error)})
-        raise DivergedError(f"{error}{_keep_last_good(course, weights, record)}") from error
+        raise DivergedError(f"{error}; {_keep_last_good(course, weights, record)}") from error
     record = _record(course, crops, known)
     storage.write_file(absolute(weights), weights_bytes(network, record))
     checkpoint.remove()
@@ -115,7 +116,7 @@ def _begun(settings: TrainSettings) -> tuple[TrainSettings, DenoisingNetwork | N
 def _record(course: Course, crops: Triplets, known: dict[str, Any]) -> dict[str, Any]:
     """What the weights' file says of how they were made; of what is `known`, but for what is None."""
     volume, settings = crops.volume, crops.settings
-    tail = course.losses[-max(1, len(course.losses) // 10) :] or [math.nan]
+    tail = course.losses[-max(1, len(course.losses) // 10) :]
     record = {
         "loss": LOSS_NAMES[settings.loss],
         "source": volume.url,
@@ -130,9 +131,9 @@ def _record(course: Course, crops: Triplets, known: dict[str, Any]) -> dict[str,
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("nrrn-pipeline", "torch", "numpy")},
     }
-    parts = np.array_split(np.array(course.losses), min(PARTS, max(1, len(course.losses))))
+    parts = np.array_split(np.array(course.losses), min(PARTS, len(course.losses)))
     steps = np.cumsum([len(part) for part in parts]).tolist()
-    record["step_and_mean_loss"] = [(step, float(part.mean())) for step, part in zip(steps, parts, strict=True) if step]
+    record["step_and_mean_loss"] = [(step, float(part.mean())) for step, part in zip(steps, parts, strict=True)]
     if (best := course.best_look()) is not None:
         slices = sorted(z for _, z in crops.held_out)
         record["validation"] = {"slices": slices, "best_step": best[0], "step_and_loss": course.looks}
@@ -140,15 +141,13 @@ def _record(course: Course, crops: Triplets, known: dict[str, Any]) -> dict[str,
 
 
 def _keep_last_good(course: Course, weights: Location, record: dict[str, Any]) -> str:
-    """Write the best weights of a training that diverged, if it ever looked; where they are, for people."""
-    if not course.best:
-        return ""
+    """Write the best weights of a training that diverged; where they are, for people."""
     url = f"{absolute(weights).removesuffix('.safetensors')}.last-good.safetensors"
     try:
         storage.write_file(url, weights_bytes(course.finished(), record))
     except OSError as error:
-        return f"; its best weights until then cannot be written to {url} ({error.strerror or error})"
-    return f"; its best weights until then are in {url}"
+        return f"its best weights until then cannot be written to {url} ({error.strerror or error})"
+    return f"its best weights until then are in {url}"
 
 
 def _take_all(course: Course, crops: Triplets, checkpoint: Checkpoint, on_step: OnStep | None) -> None:

@@ -57,7 +57,7 @@ class Triplets:
 
     def validation(self, batches: int) -> list[Tensor]:
         """So many of what is held out, always the same; none if nothing is."""
-        return [self._batch(self.held_out, number, HELD_OUT) for number in range(batches) if self.held_out]
+        return [self._batch(self.held_out, number, HELD_OUT) for number in range(batches if self.held_out else 0)]
 
     def _batch(self, places: tuple[Place, ...], *key: int) -> Tensor:
         """One batch, whatever was drawn before."""
