@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nrrn_pipeline.places import using_options
     from nrrn_pipeline.planning import Layout, Method
     from nrrn_pipeline.training.fit import TrainSettings
+    from nrrn_pipeline.training.material import TrainingVolume
     from nrrn_pipeline.training.train import train
     from nrrn_pipeline.volume import open_volume
 
@@ -38,6 +39,7 @@ __all__ = [
     "SlabsFailedError",
     "StorageError",
     "TrainSettings",
+    "TrainingVolume",
     "Yardstick",
     "add_noise",
     "candidates",
@@ -69,6 +71,7 @@ _HOMES = {
     "places": ("using_options",),
     "planning": ("Layout", "Method"),
     "training.fit": ("TrainSettings",),
+    "training.material": ("TrainingVolume",),
     "training.train": ("train",),
     "volume": ("open_volume",),
 }

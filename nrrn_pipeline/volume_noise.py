@@ -28,10 +28,10 @@ Crops = NDArray[np.float64]
 class VolumeNoise:
     """What is known of a volume's noise without a clean copy.
 
-    curve: by signal. sigma: of each slice (z), in grey levels, 0 where there is none to be measured, as in a blank one.
-    outliers: slices whose noise is not what slices around have. shared: correlation of the noise of voxels beside each
-    other along y and x, median over slices (noise_model.neighbour_noise). likeness: mean correlation of successive
-    slices, 1 if they are equal.
+    curve: by signal. sigma: of each slice from `first_z` on, in grey levels, 0 where there is none to be measured, as
+    in a blank one. outliers: slices (z) whose noise is not what slices around have. shared: correlation of the noise of
+    voxels beside each other along y and x, median over slices (noise_details.neighbour_noise). likeness: mean
+    correlation of successive slices, 1 if they are equal.
     """
 
     curve: NoiseCurve
@@ -39,23 +39,30 @@ class VolumeNoise:
     outliers: tuple[int, ...]
     shared: tuple[float, float]
     likeness: float
+    first_z: int = 0
 
     @property
     def white(self) -> bool:
         """Whether no voxel's noise tells of the one's beside it; stripes are not seen."""
-        return max(map(abs, self.shared)) <= WHITE
+        return self.most_shared <= WHITE
+
+    @property
+    def most_shared(self) -> float:
+        """The larger correlation of the two, whatever its sign."""
+        return max(map(abs, self.shared))
 
 
-def measure_volume(volume: Volume) -> VolumeNoise:
-    """The noise of a volume: by signal where noise_of measures it, by slice in the middle of each slice.
+def measure_volume(volume: Volume, part: Box | None = None) -> VolumeNoise:
+    """The noise of a volume, or a part of it: by signal where noise_of measures it, by slice in each slice's middle.
 
     Reads 256 x 256 voxels of every slice. Raises InputError as noise_of does, and if no two successive slices have
     anything to measure there.
     """
-    curve = noise_of(volume)
+    part = part or volume.box
+    curve = noise_of(volume, part)
     sigma, shared, likeness = [], [], []
     before = None
-    for z, plane in enumerate(_middles(volume)):
+    for z, plane in enumerate(_middles(volume, part), start=part.z.start):
         if not np.isfinite(plane).all():
             raise InputError(f"{volume.url} holds NaN or infinite voxels in slice z={z}: replace them (with 0, say)")
         sigma.append(slice_sigma(plane))
@@ -70,11 +77,14 @@ def measure_volume(volume: Volume) -> VolumeNoise:
             "saturated or without noise there, or a single slice"
         )
     y, x = np.median(shared, axis=0)
-    return VolumeNoise(curve, tuple(sigma), outliers(sigma), (float(y), float(x)), float(np.mean(likeness)))
+    unlike = tuple(part.z.start + i for i in outliers(sigma))
+    return VolumeNoise(
+        curve, tuple(sigma), unlike, (float(y), float(x)), likeness=float(np.mean(likeness)), first_z=part.z.start
+    )
 
 
 def outliers(sigma: list[float]) -> tuple[int, ...]:
-    """Slices with OUTLYING times more or less noise than the median of those around; blank ones (0) do not count."""
+    """Numbers of slices with OUTLYING times more or less noise than those around, their median; but for blank ones."""
     found = []
     for z, own in enumerate(sigma):
         around = [each for each in sigma[max(0, z - AROUND) : z + AROUND + 1] if each > 0]
@@ -83,25 +93,25 @@ def outliers(sigma: list[float]) -> tuple[int, ...]:
     return tuple(found)
 
 
-def noise_of(volume: Volume) -> NoiseCurve:
-    """The noise of the whole volume by its signal, in grey levels.
+def noise_of(volume: Volume, part: Box | None = None) -> NoiseCurve:
+    """The noise of the whole volume, or a part of it, by its signal, in grey levels.
 
     Raises InputError if the volume is blank there, holds NaN or infinite voxels, or has no noise to be measured.
     """
-    crops = noise_samples(volume)
+    crops = noise_samples(volume, part)
     try:
         return measure_curve([*crops.reshape(-1, *crops.shape[-2:])])
     except InputError as error:
         raise InputError(f"{volume.url}: {error}") from error
 
 
-def noise_samples(volume: Volume) -> Crops:
+def noise_samples(volume: Volume, part: Box | None = None) -> Crops:
     """(depth, place, 3, y, x) voxels in grey levels, without depths at which a slice is blank.
 
-    Where the volume has fewer than 3 slices, one stands for its neighbours. Raises InputError if it is blank at all
+    Where there are fewer than 3 slices, one stands for its neighbours. Raises InputError if it is blank at all
     depths, or holds NaN or infinite voxels there.
     """
-    found = np.stack([*_crops(volume)])
+    found = np.stack([*_crops(volume, part or volume.box)])
     if not np.isfinite(found).all():
         raise InputError(f"{volume.url} holds NaN or infinite voxels: replace them (with 0, say) before denoising")
     there: Crops = found[found.std(axis=(1, 3, 4)).min(axis=1) > 0]
@@ -110,26 +120,32 @@ def noise_samples(volume: Volume) -> Crops:
     return there
 
 
-def _crops(volume: Volume) -> Iterator[Crops]:
+def _crops(volume: Volume, part: Box) -> Iterator[Crops]:
     """(place, 3, y, x) voxels at each depth."""
-    sizes = [min(size, length) for size, length in zip(CROP, volume.shape, strict=True)]
-    room = [length - size for size, length in zip(sizes, volume.shape, strict=True)]
+    sizes = [min(size, length) for size, length in zip(CROP, part.shape, strict=True)]
+    room = [length - size for size, length in zip(sizes, part.shape, strict=True)]
     corners = sorted({(round(a * room[1]), round(b * room[2])) for a in PLACES for b in PLACES})
     for z in sorted({round(along * room[0]) for along in np.linspace(0, 1, DEPTHS)}):
         crops = []
         for y, x in corners:
-            spans = (Span(start, start + size) for start, size in zip((z, y, x), sizes, strict=True))
+            starts = (of.start + start for of, start in zip(part.spans, (z, y, x), strict=True))
+            spans = (Span(start, start + size) for start, size in zip(starts, sizes, strict=True))
             crops.append(read_box(volume, Box(*spans)).astype(np.float64))
         crop = np.stack(crops)
         yield crop if sizes[0] == CROP[0] else crop[:, [-1, 0, -1]]  # what is missing, the other neighbour replaces
 
 
-def _middles(volume: Volume) -> Iterator[Crops]:
+def _middles(volume: Volume, part: Box) -> Iterator[Crops]:
     """The middle of every slice, in order; whole chunks deep at a time."""
-    y, x = (
-        Span((length - side) // 2, (length + side) // 2)
-        for length, side in zip(volume.shape[1:], np.minimum(CROP[1:], volume.shape[1:]).tolist(), strict=True)
-    )
-    edges = [*range(0, volume.shape[0], volume.chunk[0]), volume.shape[0]]
+    y, x = (_middle(of, side) for of, side in zip(part.spans[1:], CROP[1:], strict=True))
+    first, depth = part.z.start, volume.chunk[0]
+    edges = [first, *range((first // depth + 1) * depth, part.z.stop, depth), part.z.stop]
     for start, stop in pairwise(edges):
         yield from read_box(volume, Box(Span(start, stop), y, x)).astype(np.float64)
+
+
+def _middle(span: Span, side: int) -> Span:
+    """`side` voxels in its middle, or all there are."""
+    side = min(side, len(span))
+    start = span.start + (len(span) - side) // 2
+    return Span(start, start + side)

@@ -31,6 +31,7 @@ from nrrn_pipeline import (
     Noise,
     NrrnError,
     Options,
+    TrainingVolume,
     TrainSettings,
     Yardstick,
     add_noise,
@@ -157,7 +158,7 @@ class Bench:
         if not weights.exists():
             started = time.monotonic()
             clean = volumes["clean train"] if settings.loss == "clean" else None
-            train(volumes["train"], weights, settings, clean=clean)
+            train(TrainingVolume(volumes["train"], clean), weights, settings)
             print(f"trained {weights.stem} in {time.monotonic() - started:.0f} s", flush=True)
         return f"{name}={weights}"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -22,7 +22,6 @@ from nrrn_pipeline.cli.options import (
     Device,
     Every,
     Follow,
-    LevelNumber,
     Output,
     Settle,
     Source,
@@ -31,16 +30,14 @@ from nrrn_pipeline.cli.options import (
     takes_options,
 )
 from nrrn_pipeline.cli.terminal import Watch, by_text, duration_text, err, network_text, out, print_rows, progress_bar
+from nrrn_pipeline.cli.training import train as train_network
 from nrrn_pipeline.cluster import load_settings, make_keys
 from nrrn_pipeline.cost import bytes_text, counted
 from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import GO_ON, readable
-from nrrn_pipeline.network import KINDS, architecture_of, bytes_hash, parse_header
+from nrrn_pipeline.network import architecture_of, bytes_hash, parse_header
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.slab import read_weights
-from nrrn_pipeline.training.fit import AUTO, LOSSES, TrainSettings
-from nrrn_pipeline.training.train import CHOSEN
-from nrrn_pipeline.training.train import train as train_weights
 from nrrn_pipeline.trial import rows_of, try_cluster
 from nrrn_pipeline.volume import get_provenance, open_volume
 
@@ -125,6 +122,7 @@ app.command("evaluate")(compare_methods)
 app.command("ground-truth")(average_scans)
 app.command("add-noise")(add_noise)
 app.command("noise")(measure_noise)
+app.command("train")(train_network)
 
 
 @app.command()
@@ -223,92 +221,6 @@ def status(
     print_rows(rows)
     for key, reason in now.failed.items():
         out.print(readable(f"slab {key}: {reason}"))
-
-
-@app.command()
-def train(
-    source: Source,
-    weights: Annotated[str, typer.Option("--out", metavar="W", help="Weights file to write (.safetensors).")],
-    network: Annotated[str, typer.Option(help=f"Kind of network: {', '.join(KINDS)}.")] = "nrrn",
-    inputs: Annotated[str | None, typer.Option(help="Of a peer: single; channels (denoisenet) or mean (unet).")] = None,
-    loss: Annotated[
-        str, typer.Option(help=f"{', '.join(LOSSES)} (which needs --clean), or auto: what suits the volume's noise.")
-    ] = AUTO,
-    clean: Annotated[str | None, typer.Option(metavar="REF", help="A clean volume of SRC's shape and dtype.")] = None,
-    units: Annotated[
-        int | None, typer.Option(help="Building units (2; the paper's: 4), layers (20) or poolings (4).")
-    ] = None,
-    channels: Annotated[int | None, typer.Option(help="Feature maps (16; the paper's, and its peers': 64).")] = None,
-    start: Annotated[
-        str | None, typer.Option("--from", metavar="W0", help="Weights to go on from, such as of another volume.")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Weight updates.")] = TrainSettings.steps,
-    batch: Annotated[int, typer.Option(help="Crops an update.")] = TrainSettings.batch,
-    crop: Annotated[int, typer.Option(help="Side of a crop in voxels.")] = TrainSettings.crop,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Adam's, at its highest (0.02; of NRRN's peers 0.001).")
-    ] = None,
-    halve_every: Annotated[
-        int | None,
-        typer.Option(help="Steps after which the rate is halved; 0: never (default: it falls along a cosine)."),
-    ] = None,
-    hold_out: Annotated[
-        float, typer.Option(help="Share of the slices to validate on; the weights that do best there are written.")
-    ] = TrainSettings.hold_out,
-    patience: Annotated[
-        int, typer.Option(help="Looks at these, of 20, that may find nothing better in a row; 0: any number.")
-    ] = TrainSettings.patience,
-    seed: Annotated[int, typer.Option(help="Of weights, crops and flips.")] = 0,
-    level: LevelNumber = 0,
-    device: Device = "auto",
-    storage_options: StorageOptions = None,  # noqa: ARG001
-) -> None:
-    """Train on SRC itself: no clean data is needed.
-
-    Its noise is looked at first, to choose the loss. The paper's is adjacent, which asks for the slices around.
-    """
-    settings = TrainSettings(
-        network=network,
-        inputs=inputs,
-        loss=loss,
-        units=units,
-        channels=channels,
-        steps=steps,
-        batch=batch,
-        crop=crop,
-        learning_rate=learning_rate,
-        halve_every=halve_every,
-        hold_out=hold_out,
-        patience=patience,
-        start=start,
-        seed=seed,
-        device=device,
-    )
-    with progress_bar("run the same command again to go on from the last checkpoint, of every five minutes") as bar:
-        task = bar.add_task("training", total=steps, speed="")
-
-        def trained(step: int, loss: float) -> None:
-            bar.start()
-            bar.update(task, completed=step, speed=f"loss {loss:.4f}")
-
-        record = train_weights(source, weights, settings, level, trained, clean)
-    said = network_text(settings.architecture)
-    why = f", as {record[CHOSEN]}" if CHOSEN in record else ""
-    out.print(f"{weights}: {said}, loss {record['settings']['loss']}{why}")
-    out.print(_validation_text(record))
-
-
-def _validation_text(record: dict[str, Any]) -> str:
-    """How training did on slices held out, as its record says."""
-    settings, validation = record["settings"], record.get("validation")
-    if validation is None:
-        return "no slices were held out" + (": they are too few" if settings["hold_out"] else "")
-    looks, at, taken = validation["step_and_loss"], validation["best_step"], record["steps_taken"]
-    return (
-        f"on {counted(len(validation['slices']), 'slice')} held out the loss fell from {looks[0][1]:.4f} to "
-        f"{dict(looks)[at]:.4f} at step {at} of {taken}"
-        + (", where it stopped early" if taken < settings["steps"] else "")
-    )
 
 
 @weights_app.command("import")

@@ -8,13 +8,23 @@ import numpy as np
 import typer
 
 from nrrn_pipeline import api, storage
-from nrrn_pipeline.cli.options import LAYOUT, WHERE, LevelNumber, Output, Source, StorageOptions, takes_options
+from nrrn_pipeline.cli.options import (
+    LAYOUT,
+    WHERE,
+    LevelNumber,
+    Output,
+    Source,
+    StorageOptions,
+    parse_box,
+    takes_options,
+)
 from nrrn_pipeline.cli.terminal import Watch, out, print_rows, progress_bar
 from nrrn_pipeline.cost import counted
 from nrrn_pipeline.errors import GO_ON, InputError
 from nrrn_pipeline.network import Architecture
 from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.places import absolute
+from nrrn_pipeline.planning import refuse_outside
 from nrrn_pipeline.report.figures import noise_curves
 from nrrn_pipeline.training.choosing import loss_for
 from nrrn_pipeline.volume import open_volume
@@ -26,6 +36,7 @@ MOST_NAMED = 20  # outliers
 def noise(
     source: Source,
     level: LevelNumber = 0,
+    roi: Annotated[str | None, typer.Option(metavar="Z0:Z1,Y0:Y1,X0:X1", help="Measure this part only.")] = None,
     plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Noise by signal and by slice, drawn.")] = None,
     storage_options: StorageOptions = None,  # noqa: ARG001
 ) -> None:
@@ -37,7 +48,10 @@ def noise(
         if not plot.lower().endswith(".png"):
             raise InputError(f"--plot {plot!r} is no PNG file: give a name that ends with .png")
         storage.check_new_file(plot)
-    found = measure_volume(open_volume(source, level))
+    volume, part = open_volume(source, level), parse_box("roi", roi)
+    if part is not None:
+        refuse_outside(part, volume.box)
+    found = measure_volume(volume, part)
     print_rows(_rows(found))
     if plot is not None:
         storage.write_file(absolute(plot), noise_curves(found))
@@ -48,7 +62,7 @@ def _rows(found: VolumeNoise) -> dict[str, str]:
     strong, model = sigma[sigma > 0], found.curve.model
     ends = {"black": model.black, "white": model.white}
     loss, why = loss_for(found, Architecture.published("nrrn"))
-    named = ", ".join(f"{z} ({sigma[z]:.3g})" for z in found.outliers[:MOST_NAMED])
+    named = ", ".join(f"{z} ({sigma[z - found.first_z]:.3g})" for z in found.outliers[:MOST_NAMED])
     more = f" and {len(found.outliers) - MOST_NAMED} more" if len(found.outliers) > MOST_NAMED else ""
     return {
         "noise": f"{np.median(strong):.3g} grey levels, median of {counted(len(strong), 'slice')}",

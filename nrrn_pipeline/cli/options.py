@@ -160,20 +160,27 @@ WHERE = frozenset({"cluster", "keys", "workers", "prefetch", "device"})  # a run
 
 
 def takes_options(words: AbstractSet[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """For a command whose parameter `options` is made of these words of parse_options, and of storage options.
+    """For a command whose parameter `options` is made of these words of parse_options, and of storage options."""
+    return takes(parse_options, "options", words | {"storage_options"})
+
+
+def takes(
+    parse: Callable[..., Any], name: str, words: AbstractSet[str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """For a command whose parameter `name` is what `parse` makes of words of a command line: these of its own, or all.
 
     typer reads a command's signature: there, the words stand in the parameter's place.
     """
-    known = signature(parse_options, eval_str=True).parameters.values()
-    shared = [each for each in known if each.name in words | {"storage_options"}]
+    known = signature(parse, eval_str=True).parameters.values()
+    shared = [each for each in known if words is None or each.name in words]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def called(**given: Any) -> None:
-            options = parse_options(**{each.name: given.pop(each.name) for each in shared})
-            command(**given, options=options)
+            made = parse(**{each.name: given.pop(each.name) for each in shared})
+            command(**given, **{name: made})
 
-        own = [each for each in signature(command, eval_str=True).parameters.values() if each.name != "options"]
+        own = [each for each in signature(command, eval_str=True).parameters.values() if each.name != name]
         parameters = [each.replace(kind=Parameter.KEYWORD_ONLY) for each in (*own, *shared)]
         called.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
         called.__annotations__ = {each.name: each.annotation for each in parameters}

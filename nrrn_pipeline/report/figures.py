@@ -153,8 +153,9 @@ def noise_curves(found: VolumeNoise) -> bytes:
         left.set_xlabel("signal (grey levels)")
         left.set_ylabel("noise (grey levels)")
         left.set_ylim(0, 1.15 * float(np.nanmax([*curve.sigma, *sigma])))
-        right.plot(sigma, color=COLOURS[0], linewidth=1.0)
-        right.plot(found.outliers, sigma[list(found.outliers)], "o", color=COLOURS[1], fillstyle="none")
+        right.plot(found.first_z + np.arange(len(sigma)), sigma, color=COLOURS[0], linewidth=1.0)
+        unlike = np.array(found.outliers, int)
+        right.plot(unlike, sigma[unlike - found.first_z], "o", color=COLOURS[1], fillstyle="none")
         right.set_xlabel(f"slice; circled: {len(found.outliers)} unlike their neighbours")
 
     return _png(draw, 2.6)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from time import perf_counter
@@ -14,21 +14,16 @@ import numpy as np
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import DivergedError, InputError
 from nrrn_pipeline.network import DenoisingNetwork, bytes_hash, choose_device, parse_weights, weights_bytes
-from nrrn_pipeline.noise_details import NoiseCurve
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.slab import read_weights
 from nrrn_pipeline.training.checkpoint import Checkpoint
-from nrrn_pipeline.training.choosing import loss_for
 from nrrn_pipeline.training.course import LOOKED_AT, Course
-from nrrn_pipeline.training.fit import AUTO, OnStep, Training, TrainSettings
+from nrrn_pipeline.training.fit import OnStep, Training, TrainSettings
+from nrrn_pipeline.training.material import Location, Material, TrainingVolume, settled
 from nrrn_pipeline.training.triplets import Triplets, triplets
-from nrrn_pipeline.volume import Volume, open_volume
-from nrrn_pipeline.volume_noise import measure_volume, noise_of
-
-Location = str | os.PathLike[str]
 
 STARTED = "SHA-256 of the weights it went on from"
-CHOSEN, OUTLIERS = "loss was chosen, as", "slices left out for their noise"
+CHOSEN = "loss was chosen, as"
 PARTS = 100  # of a training, in the record of its losses
 LOSS_NAMES = {
     "adjacent": "adjacent slices (Giannios et al., eq. 3)",
@@ -39,43 +34,41 @@ LOSS_NAMES = {
 
 
 def train(
-    source: Location,
+    source: Location | TrainingVolume | Sequence[TrainingVolume],
     weights: Location,
     settings: TrainSettings | None = None,
-    level: int = 0,
     on_step: OnStep | None = None,
-    clean: Location | None = None,
 ) -> dict[str, Any]:
-    """Train a network on a noisy volume and write it to `weights`; returns its record.
+    """Train a network on a noisy volume, or several, and write it to `weights`; returns its record.
 
     Beside it a checkpoint is kept meanwhile: called again after any interruption, training goes on there. Its weights
     are those of one that was never interrupted, on a CPU with as many threads; on a GPU the last bits may differ.
 
-    Clean data are for the loss "clean" alone: a volume of the source's shape and dtype. The loss "auto" is "clean" if
-    there is one, else it depends on the volume's noise; the record says what was chosen, and why.
+    Clean volumes are for the loss "clean" alone. The loss "auto" is "clean" if there are any, else it depends on the
+    noise; the record says what was chosen, and why.
 
     A tenth of the slices is held out: the weights are those that did best on them, and training stops early once it
     does no better. Of a training that diverges the best weights until then are kept beside `weights`.
 
-    Raises InputError if the volume or the settings do not allow it, or `weights` exists or cannot be written;
+    Raises InputError if the volumes or the settings do not allow it, or `weights` exists or cannot be written;
     DivergedError if training diverges; RunError if a checkpoint cannot be written.
     """
     settings, start, known = _begun(settings or TrainSettings())
     choose_device(settings.device)
-    volume = open_volume(source, level)
+    materials = [of.opened() for of in _volumes(source)]
     storage.check_new_file(weights)
-    truth = None if clean is None else open_volume(clean, level)
-    settings, noise, chosen = _settled(settings, volume, truth)
-    asked = {name: value for name, value in asdict(settings).items() if name not in ("device", "checkpoint_s")}
-    asked |= {"source": volume.url, "source shape": list(volume.shape), "source dtype": volume.dtype}
-    asked |= {**known, "clean": truth and truth.url, "noise": noise and asdict(noise.model)}
-    asked[OUTLIERS] = chosen.get(OUTLIERS)
+    settings, materials, why = settled(settings, materials)
+    asked = {name: value for name, value in asdict(settings).items() if name not in ("device", "checkpoint_s")} | known
+    for number, material in enumerate(materials, start=1):
+        of = f" of volume {number}" if len(materials) > 1 else ""
+        asked |= {f"{name}{of}": value for name, value in _told(material, with_curve=False).items()}
     checkpoint = Checkpoint(f"{absolute(weights)}.checkpoint", asked)
     course = Course(Training(settings, start))
     checkpoint.restore(course)  # before anything that takes long
-    crops = triplets(volume, settings, truth, noise.model if noise else None, chosen.get(OUTLIERS, ()))
+    crops = triplets(materials, settings)
     course.held_out = crops.validation(LOOKED_AT)
-    known |= {**chosen, "clean": truth and truth.url, "noise": noise and asdict(noise)}
+    known |= {} if why is None else {CHOSEN: why}
+    known["volumes"] = [_told(of) | {"held_out": crops.held_out_of(of)} for of in materials]
     try:
         _take_all(course, crops, checkpoint, on_step)
         network = course.finished()
@@ -89,6 +82,33 @@ def train(
     storage.write_file(absolute(weights), weights_bytes(network, record))
     checkpoint.remove()
     return record
+
+
+def _volumes(source: Location | TrainingVolume | Sequence[TrainingVolume]) -> Sequence[TrainingVolume]:
+    """Raises InputError if there is none."""
+    if isinstance(source, TrainingVolume):
+        return [source]
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        if not source:
+            raise InputError("there is nothing to train on: name a volume")
+        return source
+    return [TrainingVolume(source)]
+
+
+def _told(material: Material, with_curve: bool = True) -> dict[str, Any]:
+    """Of a volume, what the record and a checkpoint say."""
+    volume, noise = material.volume, material.noise
+    return {
+        "source": volume.url,
+        "shape": list(volume.shape),
+        "dtype": volume.dtype,
+        "voxel_nm": volume.voxel_nm and list(volume.voxel_nm),
+        "roi": str(material.part),
+        "clean": material.clean and material.clean.url,
+        "mask": material.mask and material.mask.url,
+        "noise": noise and asdict(noise if with_curve else noise.model),
+        "slices left out for their noise": list(material.without),
+    }
 
 
 def _begun(settings: TrainSettings) -> tuple[TrainSettings, DenoisingNetwork | None, dict[str, Any]]:
@@ -114,16 +134,12 @@ def _begun(settings: TrainSettings) -> tuple[TrainSettings, DenoisingNetwork | N
 
 
 def _record(course: Course, crops: Triplets, known: dict[str, Any]) -> dict[str, Any]:
-    """What the weights' file says of how they were made; of what is `known`, but for what is None."""
-    volume, settings = crops.volume, crops.settings
+    """What the weights' file says of how they were made, beside what is `known`."""
+    settings = crops.settings
     tail = course.losses[-max(1, len(course.losses) // 10) :]
     record = {
         "loss": LOSS_NAMES[settings.loss],
-        "source": volume.url,
-        **{name: value for name, value in known.items() if value is not None},
-        "shape": list(volume.shape),
-        "dtype": volume.dtype,
-        "voxel_nm": volume.voxel_nm,
+        **known,
         "settings": asdict(settings),
         "steps_taken": len(course.losses),
         "mean_loss_of_last_tenth": sum(tail) / len(tail),
@@ -135,8 +151,7 @@ def _record(course: Course, crops: Triplets, known: dict[str, Any]) -> dict[str,
     steps = np.cumsum([len(part) for part in parts]).tolist()
     record["step_and_mean_loss"] = [(step, float(part.mean())) for step, part in zip(steps, parts, strict=True)]
     if (best := course.best_look()) is not None:
-        slices = sorted(z for _, z in crops.held_out)
-        record["validation"] = {"slices": slices, "best_step": best[0], "step_and_loss": course.looks}
+        record["validation"] = {"best_step": best[0], "step_and_loss": course.looks}
     return record
 
 
@@ -161,19 +176,3 @@ def _take_all(course: Course, crops: Triplets, checkpoint: Checkpoint, on_step: 
         if perf_counter() - written >= training.settings.checkpoint_s:
             checkpoint.write(course)
             written = perf_counter()
-
-
-def _settled(
-    settings: TrainSettings, volume: Volume, clean: Volume | None
-) -> tuple[TrainSettings, NoiseCurve | None, dict[str, Any]]:
-    """The settings with a loss instead of auto; the noise, where the loss needs it; what the record says of auto."""
-    if settings.loss != AUTO:
-        return settings, noise_of(volume) if settings.loss == "recorrupted" else None, {}
-    if clean is not None:
-        return replace(settings, loss="clean"), None, {CHOSEN: "there are clean slices"}
-    try:
-        found = measure_volume(volume)
-    except InputError as error:
-        raise InputError(f"the volume's noise cannot choose a loss: {error}; or name the loss yourself") from error
-    loss, why = loss_for(found, settings.architecture)
-    return replace(settings, loss=loss), found.curve, {CHOSEN: why, OUTLIERS: list(found.outliers)}

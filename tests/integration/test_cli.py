@@ -17,7 +17,7 @@ import zarr
 from numpy.typing import NDArray
 
 from nrrn_pipeline import open_volume
-from nrrn_pipeline.network import NRRN, load_weights
+from nrrn_pipeline.network import NRRN, load_weights, read_header
 from nrrn_pipeline.volume import read_box
 from tests.commands import Nrrn, Said
 from tests.support import bare_zarr, image_like, stored_chunks, tiny_network, tiny_weights, whole_slices
@@ -364,6 +364,32 @@ def test_trained_weights_denoise(denoise: Denoise, nrrn: Nrrn) -> None:
     assert "complete, 1 slab" in said.out
     made = zarr.open_group(denoise.folder / "out.zarr", mode="r").attrs["nrrn"]
     assert made["weights"] == str(weights)
+
+
+def test_several_volumes_are_trained_on_where_masks_and_parts_say(denoise: Denoise, nrrn: Nrrn) -> None:
+    folder = denoise.folder
+    voxels = np.random.default_rng(1).integers(0, 255, (30, 20, 22), np.uint8)
+    bare_zarr(folder / "first.zarr", voxels)
+    bare_zarr(folder / "second.zarr", voxels[:9])
+    for name, of in (("first", voxels), ("second", voxels[:9])):
+        bare_zarr(folder / f"{name}-mask.zarr", (of > 9).astype(np.uint8))
+    small = ("--units", "1", "--channels", "2", "--steps", "3", "--crop", "16", "--batch", "2", "--loss", "adjacent")
+    beside = [
+        *("--mask", folder / "first-mask.zarr", "--mask", folder / "second-mask.zarr"),
+        *("--roi", "0:30,0:20,4:22", "--roi", "1:9,0:20,0:22"),
+    ]
+    both = (folder / "first.zarr", folder / "second.zarr")
+    said = nrrn("train", *both, "--out", folder / "both.safetensors", *small, *beside)
+    assert said.status == 0, said.err
+    assert "on 2 slices held out the loss fell" in said.out
+    told = read_header(folder / "both.safetensors")["training"]["volumes"]
+    assert [volume["source"] for volume in told] == [str(path) for path in both]
+    assert [volume["roi"] for volume in told] == ["0:30,0:20,4:22", "1:9,0:20,0:22"]
+    assert [volume["held_out"] for volume in told] == [[14, 15], []]
+    said = nrrn("train", *both, "--out", folder / "none.safetensors", *small, *beside[:2])
+    assert said.status == 2
+    assert "--mask is given 1 time for 2 volumes: give it once for each, in the same order, or leave it out" in said.err
+    assert not (folder / "none.safetensors").exists()
 
 
 def _times(folder: Path) -> dict[str, int]:

@@ -338,6 +338,11 @@ TRAIN = {
     "--device tpu": "device 'tpu' is unknown",
     "--seed -1": "seed",
     "--level 1": "no level 1",
+    "--roi 0:9": "--roi '0:9' is not understood: expected Z0:Z1,Y0:Y1,X0:X1",
+    "--roi 0:99,0:8,0:8": "roi z=0:99 is empty or not inside the volume",
+    "--roi 0:2,0:32,0:32 --loss adjacent": "has no three consecutive slices to learn from in z=0:2",
+    "--mask nowhere.zarr": "no volume at .*nowhere.zarr",
+    "--mask a.zarr --mask b.zarr": "--mask is given 2 times for 1 volume: give it once for each",
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from nrrn_pipeline import Options, TrainSettings, denoise, open_volume, train
+from nrrn_pipeline import Options, TrainingVolume, TrainSettings, denoise, open_volume, train
 from nrrn_pipeline.evaluation.metrics import psnr
 from nrrn_pipeline.geometry import box_of
 from nrrn_pipeline.noise import Noise
@@ -37,7 +37,7 @@ def test_noisy_slices_alone_teach_nearly_what_clean_ones_do(tmp_path: Path, nois
     reached = {"noisy": psnr(clean[22:28], noisy[22:28], 255)}
     for name, reference in (("without", None), ("with", truth)):
         weights = tmp_path / f"{name}.safetensors"
-        record = train(source, weights, SETTINGS, clean=reference)
+        record = train(TrainingVolume(source, reference), weights, SETTINGS)
         assert record["settings"]["loss"] == ("recorrupted" if reference is None else "clean")
         denoise(unseen, tmp_path / f"{name}.ome.zarr", weights, Options(cluster="serial", device="cpu"))
         volume = open_volume(tmp_path / f"{name}.ome.zarr")

@@ -21,6 +21,7 @@ from nrrn_pipeline.network import load_weights, read_header
 from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.training.course import LOOKED_AT, LOOKS, Course
 from nrrn_pipeline.training.fit import Training
+from tests.crops import crops_of
 from tests.support import bare_zarr
 
 TINY = TrainSettings(units=1, channels=4, steps=40, batch=2, crop=16, learning_rate=1e-2, device="cpu", loss="adjacent")
@@ -128,7 +129,7 @@ def source(tmp_path: Path) -> Path:
 
 def test_the_record_says_what_was_held_out_and_how_it_went(source: Path, tmp_path: Path) -> None:
     record = train(source, tmp_path / "w.safetensors", TINY)
-    assert record["validation"]["slices"] == [8]
+    assert record["volumes"][0]["held_out"] == [8]
     looks = record["validation"]["step_and_loss"]
     assert len(looks) == LOOKS
     assert record["validation"]["best_step"] == min(looks, key=lambda look: look[1])[0]
@@ -218,12 +219,12 @@ def test_looks_follow_what_clean_slices_would_tell(tmp_path: Path) -> None:
 
 def followed(source: Path, truth: Path, settings: TrainSettings, on_look: Callable[[float], None]) -> Course:
     """A course, and at each look the squared distance from clean slices of the same crops."""
-    from nrrn_pipeline.training.triplets import triplets
     from nrrn_pipeline.volume import open_volume
+    from nrrn_pipeline.volume_noise import noise_of
 
     noisy, clean = open_volume(source), open_volume(truth)
-    crops = triplets(noisy, settings)
-    beside = triplets(noisy, replace(settings, loss="clean"), clean).validation(LOOKED_AT)
+    crops = crops_of(noisy, settings, noise_of(noisy).model)
+    beside = crops_of(noisy, replace(settings, loss="clean"), clean=clean).validation(LOOKED_AT)
     made = Course(Training(settings), crops.validation(LOOKED_AT))
     batches = crops.batches()
     while not made.is_over:

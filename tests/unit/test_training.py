@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nrrn_pipeline import statistics, train
+from nrrn_pipeline import TrainingVolume, statistics, train
 from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.geometry import Box, box_of
 from nrrn_pipeline.network import NRRN, DenoisingNetwork, load_weights, read_header, weights_bytes
@@ -22,8 +22,8 @@ from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.training import triplets as streaming
 from nrrn_pipeline.training.fit import TrainSettings, fit
 from nrrn_pipeline.training.loss import adjacent_slices_loss, clean_loss
-from nrrn_pipeline.training.triplets import triplets
 from nrrn_pipeline.volume import Volume, open_volume
+from tests.crops import crops_of
 from tests.support import bare_zarr, image_like, tiny_network, tiny_weights
 
 TINY = TrainSettings(units=1, channels=4, steps=4, batch=2, crop=8, learning_rate=1e-2, device="cpu", loss="adjacent")
@@ -111,7 +111,7 @@ def test_fit_lowers_the_loss(tmp_path: Path) -> None:
     volume = stored(tmp_path, image_like((6, 32, 32)))
     settings = replace(TINY, steps=60, batch=4, crop=16)
     losses: list[float] = []
-    fit(triplets(volume, settings).batches(), settings, lambda step, loss: losses.append(loss))
+    fit(crops_of(volume, settings).batches(), settings, lambda step, loss: losses.append(loss))
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:5])
 
 
@@ -132,7 +132,7 @@ def test_a_fitted_network_is_ready_to_infer() -> None:
 def test_the_seed_decides_the_weights(tmp_path: Path) -> None:
     volume = stored(tmp_path, image_like((6, 32, 32)))
     first, again, other = (
-        fit(triplets(volume, each).batches(), each, unwatched) for each in (TINY, TINY, replace(TINY, seed=1))
+        fit(crops_of(volume, each).batches(), each, unwatched) for each in (TINY, TINY, replace(TINY, seed=1))
     )
     assert same_weights(first, again)
     assert not same_weights(first, other)
@@ -291,13 +291,12 @@ def test_train_writes_the_weights_and_their_record(source: Path, tmp_path: Path)
     target = tmp_path / "a.safetensors"
     record = train(source, target, TINY, on_step=lambda step, loss: losses.append(loss))
     assert read_header(target)["training"] == json.loads(json.dumps(record))
-    assert record["source"] == str(source.resolve())
-    assert record["shape"] == [6, 16, 16]
-    assert record["dtype"] == "uint8"
+    (volume,) = record["volumes"]
+    assert (volume["source"], volume["shape"], volume["dtype"]) == (str(source.resolve()), [6, 16, 16], "uint8")
     assert record["settings"]["steps"] == TINY.steps
     assert record["mean_loss_of_last_tenth"] == losses[-1]
     assert {"python", "nrrn-pipeline", "torch", "numpy"} <= record["versions"].keys()
-    expected = fit(triplets(open_volume(source), TINY).batches(), TINY, unwatched)
+    expected = fit(crops_of(open_volume(source), TINY).batches(), TINY, unwatched)
     assert same_weights(load_weights(target), expected)
 
 
@@ -376,7 +375,7 @@ def test_the_noise_that_was_trained_with_is_in_the_record(tmp_path: Path) -> Non
     written = json.loads(json.dumps(record))
     assert read_header(tmp_path / "a.safetensors")["training"] == written
     assert written["loss"].startswith("recorrupted")
-    np.testing.assert_allclose(written["noise"]["sigma"], 15, rtol=0.1)
+    np.testing.assert_allclose(written["volumes"][0]["noise"]["sigma"], 15, rtol=0.1)
 
 
 def test_slices_noisier_than_their_neighbours_are_left_out_by_auto(tmp_path: Path) -> None:
@@ -386,7 +385,7 @@ def test_slices_noisier_than_their_neighbours_are_left_out_by_auto(tmp_path: Pat
     record = train(source, tmp_path / "a.safetensors", replace(TINY, loss="auto"))
     assert record["settings"]["loss"] == "recorrupted"
     assert record["loss was chosen, as"].startswith("the noise is white")
-    assert record["slices left out for their noise"] == [6]
+    assert record["volumes"][0]["slices left out for their noise"] == [6]
     noise[2] *= 3
     noisier = bare_zarr(tmp_path / "noisier.zarr", np.rint(120 + noise[:5]).astype(np.uint8))
     with pytest.raises(InputError, match="noisy unlike the others"):
@@ -397,7 +396,7 @@ def test_auto_takes_clean_slices_where_there_are_some_and_asks_for_a_loss_where_
     source: Path, tmp_path: Path
 ) -> None:
     auto = replace(TINY, loss="auto")
-    record = train(source, tmp_path / "a.safetensors", auto, clean=source)
+    record = train(TrainingVolume(source, clean=source), tmp_path / "a.safetensors", auto)
     assert record["loss was chosen, as"] == "there are clean slices"
     with pytest.raises(InputError, match=r"cannot choose a loss: .*source\.zarr: noise cannot be .*; or name the loss"):
         train(source, tmp_path / "b.safetensors", auto)
@@ -413,7 +412,7 @@ def test_training_that_fails_writes_no_weights(source: Path, tmp_path: Path, mon
 def test_trained_weights_beat_the_untrained_on_the_loss(source: Path, tmp_path: Path) -> None:
     settings = replace(TINY, steps=40, batch=4)
     train(source, tmp_path / "a.safetensors", settings)
-    batch = next(triplets(open_volume(source), replace(settings, seed=9, batch=16)).batches())
+    batch = next(crops_of(open_volume(source), replace(settings, seed=9, batch=16)).batches())
     before, centre, after = batch.split(1, dim=1)
 
     def loss_of(network: NRRN) -> float:

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from nrrn_pipeline import statistics
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.geometry import Box, Span, box_of
-from nrrn_pipeline.noise import Noise
+from nrrn_pipeline.geometry import Box, Span
 from nrrn_pipeline.noise_model import NoiseModel
 from nrrn_pipeline.training import triplets as streaming
 from nrrn_pipeline.training.fit import TrainSettings
-from nrrn_pipeline.training.triplets import training_runs, triplets
+from nrrn_pipeline.training.triplets import training_runs
 from nrrn_pipeline.volume import Volume, open_volume
+from tests.crops import crops_of
 from tests.support import bare_zarr, image_like
 
 TINY = TrainSettings(units=1, channels=4, steps=4, batch=2, crop=8, device="cpu", loss="adjacent")
@@ -52,7 +52,7 @@ def places_of(triplet: Tensor, voxels: NDArray[Any]) -> list[tuple[int, int, int
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
 def test_batches_are_float32_crops_of_three_slices(tmp_path: Path, dtype: str) -> None:
     volume = stored(tmp_path, image_like((6, 32, 40), dtype))
-    for batch in islice(triplets(volume, replace(TINY, batch=3, crop=16)).batches(), 3):
+    for batch in islice(crops_of(volume, replace(TINY, batch=3, crop=16)).batches(), 3):
         assert batch.shape == (3, 3, 16, 16)
         assert batch.dtype == torch.float32
         assert batch.is_contiguous()
@@ -61,7 +61,7 @@ def test_batches_are_float32_crops_of_three_slices(tmp_path: Path, dtype: str) -
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
 def test_every_crop_is_a_z_scored_part_of_three_consecutive_slices(tmp_path: Path, dtype: str) -> None:
     voxels = image_like((5, 12, 14), dtype)
-    batches = islice(triplets(stored(tmp_path, voxels), replace(TINY, batch=4, crop=6)).batches(), 6)
+    batches = islice(crops_of(stored(tmp_path, voxels), replace(TINY, batch=4, crop=6)).batches(), 6)
     places = [places_of(triplet, voxels) for batch in batches for triplet in batch]
     assert [len(found) for found in places] == [1] * 24
     assert {found[0][0] for found in places} == {1, 2, 3}
@@ -70,34 +70,34 @@ def test_every_crop_is_a_z_scored_part_of_three_consecutive_slices(tmp_path: Pat
 
 def test_crops_reach_every_corner_of_a_slice(tmp_path: Path) -> None:
     voxels = image_like((3, 10, 11))
-    batches = islice(triplets(stored(tmp_path, voxels), replace(TINY, batch=32, crop=9)).batches(), 2)
+    batches = islice(crops_of(stored(tmp_path, voxels), replace(TINY, batch=32, crop=9)).batches(), 2)
     places = {places_of(triplet, voxels)[0][1:3] for batch in batches for triplet in batch}
     assert places == {(y, x) for y in range(2) for x in range(3)}
 
 
 def test_crops_are_flipped_in_all_four_ways(tmp_path: Path) -> None:
     voxels = image_like((3, 12, 14))
-    batch = next(triplets(stored(tmp_path, voxels), replace(TINY, batch=32, crop=14)).batches())
+    batch = next(crops_of(stored(tmp_path, voxels), replace(TINY, batch=32, crop=14)).batches())
     assert {places_of(triplet, voxels)[0][3] for triplet in batch} == {(), (1,), (2,), (1, 2)}
 
 
 def test_a_crop_larger_than_the_slice_is_the_slice(tmp_path: Path) -> None:
     volume = stored(tmp_path, image_like((3, 12, 50)))
-    assert next(triplets(volume, replace(TINY, crop=20)).batches()).shape == (2, 3, 12, 20)
-    assert next(triplets(volume, replace(TINY, crop=256)).batches()).shape == (2, 3, 12, 50)
+    assert next(crops_of(volume, replace(TINY, crop=20)).batches()).shape == (2, 3, 12, 20)
+    assert next(crops_of(volume, replace(TINY, crop=256)).batches()).shape == (2, 3, 12, 50)
 
 
 def test_triplets_with_a_blank_slice_are_skipped(tmp_path: Path) -> None:
     voxels = image_like((9, 12, 14))
     voxels[[3, 7]] = 77
-    batches = islice(triplets(stored(tmp_path, voxels), replace(TINY, batch=8, crop=12)).batches(), 4)
+    batches = islice(crops_of(stored(tmp_path, voxels), replace(TINY, batch=8, crop=12)).batches(), 4)
     found = {places_of(triplet, voxels)[0][0] for batch in batches for triplet in batch}
     assert found == {1, 5}
 
 
 def test_triplets_with_a_slice_to_be_left_out_are_skipped(tmp_path: Path) -> None:
     voxels = image_like((9, 12, 14))
-    batches = islice(triplets(stored(tmp_path, voxels), replace(TINY, batch=8, crop=12), without=(3, 7)).batches(), 4)
+    batches = islice(crops_of(stored(tmp_path, voxels), replace(TINY, batch=8, crop=12), without=(3, 7)).batches(), 4)
     found = {places_of(triplet, voxels)[0][0] for batch in batches for triplet in batch}
     assert found == {1, 5}
 
@@ -105,7 +105,7 @@ def test_triplets_with_a_slice_to_be_left_out_are_skipped(tmp_path: Path) -> Non
 def test_the_seed_decides_the_batches(tmp_path: Path) -> None:
     volume = stored(tmp_path, image_like((6, 32, 32)))
     first, again, other = (
-        list(islice(triplets(volume, settings).batches(), 3)) for settings in (TINY, TINY, replace(TINY, seed=1))
+        list(islice(crops_of(volume, settings).batches(), 3)) for settings in (TINY, TINY, replace(TINY, seed=1))
     )
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
@@ -123,7 +123,7 @@ def test_the_clean_slice_is_scaled_as_the_noisy_centre_slice_is(tmp_path: Path, 
     settings = replace(TINY, loss="clean", batch=8, crop=12)
     exact = noisy.astype(np.float64)
     scaled = (clean - exact.mean((1, 2), keepdims=True)) / exact.std((1, 2), keepdims=True)
-    for crop in next(triplets(volume, settings, beside).batches()):
+    for crop in next(crops_of(volume, settings, clean=beside).batches()):
         z, y, x, flips = places_of(crop[:3], noisy)[0]
         expected = np.flip(scaled[z, y : y + 12, x : x + 12], [axis - 1 for axis in flips])
         np.testing.assert_allclose(crop[3].numpy(), expected, atol=1e-4)
@@ -132,26 +132,9 @@ def test_the_clean_slice_is_scaled_as_the_noisy_centre_slice_is(tmp_path: Path, 
 def test_the_clean_volume_does_not_change_the_noisy_crops(tmp_path: Path) -> None:
     volume = stored(tmp_path, image_like((6, 20, 22)))
     beside = clean_beside(tmp_path, image_like((6, 20, 22), seed=1))
-    alone = islice(triplets(volume, TINY).batches(), 3)
-    both = islice(triplets(volume, replace(TINY, loss="clean"), beside).batches(), 3)
+    alone = islice(crops_of(volume, TINY).batches(), 3)
+    both = islice(crops_of(volume, replace(TINY, loss="clean"), clean=beside).batches(), 3)
     assert all(torch.equal(a, b[:, :3]) for a, b in zip(alone, both, strict=True))
-
-
-@pytest.mark.parametrize(("shape", "dtype"), [((6, 20, 21), "uint8"), ((5, 20, 22), "uint8"), ((6, 20, 22), "uint16")])
-def test_a_clean_volume_of_other_voxels_is_refused(tmp_path: Path, shape: tuple[int, int, int], dtype: str) -> None:
-    volume = stored(tmp_path, image_like((6, 20, 22)))
-    beside = clean_beside(tmp_path, image_like(shape, dtype))
-    with pytest.raises(InputError, match=r"clean\.zarr has shape .* give the clean volume of the same voxels"):
-        triplets(volume, replace(TINY, loss="clean"), beside)
-
-
-def test_a_clean_volume_and_the_loss_that_needs_it_go_together(tmp_path: Path) -> None:
-    volume = stored(tmp_path, image_like((6, 20, 22)))
-    with pytest.raises(InputError, match="loss clean needs the clean volume"):
-        triplets(volume, replace(TINY, loss="clean"))
-    for loss in ("adjacent", "blind-spot", "recorrupted"):
-        with pytest.raises(InputError, match=f"loss {loss} needs no clean volume"):
-            triplets(volume, replace(TINY, loss=loss), volume)
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
@@ -161,7 +144,7 @@ def test_of_a_recorrupted_triplet_the_centre_alone_is_changed_and_its_other_half
     voxels = (40 + image_like((6, 20, 22), "uint8") / 2).astype(dtype)
     plain = replace(TINY, batch=8, crop=12)
     volume = stored(tmp_path, voxels)
-    crops = next(triplets(volume, replace(plain, loss="recorrupted"), noise=NoiseModel(0.0, 9.0, 1.0)).batches())
+    crops = next(crops_of(volume, replace(plain, loss="recorrupted"), noise=NoiseModel(0.0, 9.0, 1.0)).batches())
     assert crops.shape == (8, 4, 12, 12)
     windows = sliding_window_view(z_scored(voxels), (3, 12, 12))
     for crop in crops.numpy():
@@ -181,13 +164,13 @@ def test_of_a_recorrupted_triplet_the_centre_alone_is_changed_and_its_other_half
 
 def slices_of(places: Any) -> set[int]:
     """All slices of the triplets around some centres."""
-    return {z + apart for _, z in places for apart in (-1, 0, 1)}
+    return {place.z + apart for place in places for apart in (-1, 0, 1)}
 
 
 @pytest.mark.parametrize(("depth", "held"), [(3, 0), (11, 0), (12, 0), (17, 1), (42, 4)])
 def test_what_is_held_out_shares_no_slice_with_what_is_learnt(tmp_path: Path, depth: int, held: int) -> None:
     voxels = image_like((depth, 12, 14))
-    found = triplets(stored(tmp_path, voxels), replace(TINY, batch=16, crop=12))
+    found = crops_of(stored(tmp_path, voxels), replace(TINY, batch=16, crop=12))
     assert len(found.held_out) == held
     assert len(found.learnt) == depth - 2 - (held + 4 if held else 0)
     assert not slices_of(found.learnt) & slices_of(found.held_out)
@@ -196,25 +179,15 @@ def test_what_is_held_out_shares_no_slice_with_what_is_learnt(tmp_path: Path, de
         *((each, found.held_out) for each in found.validation(2)),
     ):
         centres = {places_of(triplet, voxels)[0][0] for triplet in batch}
-        assert centres <= {z for _, z in places}
+        assert centres <= {place.z for place in places}
 
 
 def test_what_is_held_out_is_always_the_same(tmp_path: Path) -> None:
     volume = stored(tmp_path, image_like((30, 20, 20)))
-    first, again = (triplets(volume, TINY).validation(3) for _ in range(2))
+    first, again = (crops_of(volume, TINY).validation(3) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0], first[1])
-    assert triplets(volume, replace(TINY, hold_out=0)).validation(3) == []
-
-
-def test_noise_that_is_not_given_is_measured(tmp_path: Path) -> None:
-    noisy = Noise(sigma=15, seed=1).added(np.full((4, 96, 96), 120, np.uint8), box_of((4, 96, 96)))
-    volume = stored(tmp_path, noisy)
-    batch = next(triplets(volume, replace(TINY, loss="recorrupted")).batches())
-    apart = (batch[:, 3] - batch[:, 1]) * noisy.std()  # of 0.5 and 2 times the noise
-    assert apart.std() == pytest.approx(2.5 * 15, rel=0.1)
-    with pytest.raises(InputError, match=r"flat\.zarr: no noise can be measured"):
-        triplets(clean_beside(tmp_path, striped(), "flat.zarr"), replace(TINY, loss="recorrupted"))
+    assert crops_of(volume, replace(TINY, hold_out=0)).validation(3) == []
 
 
 def striped() -> NDArray[Any]:
@@ -225,7 +198,7 @@ def test_a_clean_volume_with_voxels_that_are_no_numbers_is_refused(tmp_path: Pat
     volume = stored(tmp_path, image_like((6, 20, 22), "float32"))
     beside = clean_beside(tmp_path, np.full((6, 20, 22), np.nan, np.float32))
     with pytest.raises(InputError, match=r"clean\.zarr holds NaN or infinite voxels in slice z=\d"):
-        next(triplets(volume, replace(TINY, loss="clean"), beside).batches())
+        next(crops_of(volume, replace(TINY, loss="clean"), clean=beside).batches())
 
 
 def one_slice() -> NDArray[Any]:
@@ -250,7 +223,7 @@ def every_third_blank() -> NDArray[Any]:
 def test_a_volume_without_three_consecutive_images_is_refused(tmp_path: Path, make: Callable[[], NDArray[Any]]) -> None:
     volume = stored(tmp_path, make())
     with pytest.raises(InputError, match=r"source\.zarr has no three consecutive slices to learn from"):
-        triplets(volume, TINY)
+        crops_of(volume, TINY)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -258,7 +231,7 @@ def test_a_volume_with_voxels_that_are_no_numbers_is_refused_before_the_first_ba
     voxels = image_like((6, 12, 12), "float32")
     voxels[2, 3, 4] = bad
     with pytest.raises(InputError, match="slice z=2"):
-        triplets(stored(tmp_path, voxels), TINY)
+        crops_of(stored(tmp_path, voxels), TINY)
 
 
 @pytest.fixture
@@ -280,7 +253,7 @@ def test_training_reads_at_most_128_slices_and_its_crops_however_deep_the_volume
     boxes_read: list[Box], slices: int, chunk: int
 ) -> None:
     volume = Volume("made up", (slices, 24, 20), "uint8", (chunk, 8, 8), (chunk, 8, 8))
-    batches = triplets(volume, replace(TINY, batch=5)).batches()
+    batches = crops_of(volume, replace(TINY, batch=5)).batches()
     measured = sum(box.size for box in boxes_read)
     assert 0 < measured <= 128 * 24 * 20
     boxes_read.clear()
@@ -291,7 +264,7 @@ def test_training_reads_at_most_128_slices_and_its_crops_however_deep_the_volume
 
 def test_crops_come_only_from_slices_that_were_measured(boxes_read: list[Box]) -> None:
     volume = Volume("made up", (5000, 24, 20), "uint8", (8, 8, 8), (8, 8, 8))
-    batches = triplets(volume, replace(TINY, batch=50)).batches()
+    batches = crops_of(volume, replace(TINY, batch=50)).batches()
     measured = {z for box in boxes_read for z in range(box.z.start, box.z.stop)}
     boxes_read.clear()
     next(batches)
@@ -301,7 +274,7 @@ def test_crops_come_only_from_slices_that_were_measured(boxes_read: list[Box]) -
 @pytest.mark.parametrize(("slices", "chunk"), [(1, 1), (3, 8), (16, 1), (100, 8), (128, 8), (129, 1), (5000, 7)])
 def test_training_runs_lie_on_the_chunk_grid_and_span_the_volume(slices: int, chunk: int) -> None:
     volume = Volume("unread", (slices, 8, 8), "uint8", (chunk, 8, 8), (chunk, 8, 8))
-    runs = training_runs(volume)
+    runs = training_runs(volume, volume.box.z)
     assert all(run.start % chunk == 0 and (run.stop % chunk == 0 or run.stop == slices) for run in runs)
     assert all(a.stop <= b.start for a, b in pairwise(runs))
     assert runs[0].start == 0
@@ -311,8 +284,10 @@ def test_training_runs_lie_on_the_chunk_grid_and_span_the_volume(slices: int, ch
 
 def test_every_triplet_of_a_run_is_trained_on(boxes_read: list[Box]) -> None:
     volume = Volume("made up", (40, 8, 8), "uint8", (4, 8, 8), (4, 8, 8))
-    batches = triplets(volume, replace(TINY, batch=600, hold_out=0)).batches()
+    batches = crops_of(volume, replace(TINY, batch=600, hold_out=0)).batches()
     boxes_read.clear()
     next(batches)
-    expected = {Span(z - 1, z + 2) for run in training_runs(volume) for z in range(run.start + 1, run.stop - 1)}
+    expected = {
+        Span(z - 1, z + 2) for run in training_runs(volume, volume.box.z) for z in range(run.start + 1, run.stop - 1)
+    }
     assert {box.z for box in boxes_read} == expected

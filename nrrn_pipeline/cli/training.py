@@ -1,0 +1,136 @@
+"""nrrn train: a network for a volume, from the volume itself."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from nrrn_pipeline.cli.options import Device, LevelNumber, StorageOptions, parse_box, takes
+from nrrn_pipeline.cli.terminal import network_text, out, progress_bar
+from nrrn_pipeline.cost import counted
+from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.network import KINDS
+from nrrn_pipeline.training.fit import AUTO, LOSSES, TrainSettings
+from nrrn_pipeline.training.material import TrainingVolume
+from nrrn_pipeline.training.train import CHOSEN
+from nrrn_pipeline.training.train import train as train_weights
+
+SAVED = "run the same command again to go on from the last checkpoint, of every five minutes"
+
+
+def parse_settings(  # one parameter an option: that is how a command line is declared
+    network: Annotated[str, typer.Option(help=f"Kind of network: {', '.join(KINDS)}.")] = "nrrn",
+    inputs: Annotated[str | None, typer.Option(help="Of a peer: single; channels (denoisenet) or mean (unet).")] = None,
+    loss: Annotated[
+        str, typer.Option(help=f"{', '.join(LOSSES)} (which needs --clean), or auto: what suits the noise.")
+    ] = AUTO,
+    units: Annotated[
+        int | None, typer.Option(help="Building units (2; the paper's: 4), layers (20) or poolings (4).")
+    ] = None,
+    channels: Annotated[int | None, typer.Option(help="Feature maps (16; the paper's, and its peers': 64).")] = None,
+    start: Annotated[
+        str | None, typer.Option("--from", metavar="W0", help="Weights to go on from, such as of another volume.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Weight updates.")] = TrainSettings.steps,
+    batch: Annotated[int, typer.Option(help="Crops an update.")] = TrainSettings.batch,
+    crop: Annotated[int, typer.Option(help="Side of a crop in voxels.")] = TrainSettings.crop,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Adam's, at its highest (0.02; of NRRN's peers 0.001).")
+    ] = None,
+    halve_every: Annotated[
+        int | None,
+        typer.Option(help="Steps after which the rate is halved; 0: never (default: it falls along a cosine)."),
+    ] = None,
+    hold_out: Annotated[
+        float, typer.Option(help="Share of the slices to validate on; the weights that do best there are written.")
+    ] = TrainSettings.hold_out,
+    patience: Annotated[
+        int, typer.Option(help="Looks at these, of 20, that may find nothing better in a row; 0: any number.")
+    ] = TrainSettings.patience,
+    seed: Annotated[int, typer.Option(help="Of weights, crops and flips.")] = 0,
+    device: Device = "auto",
+) -> TrainSettings:
+    """How to train, by the words of a command line. Raises InputError for those that cannot be."""
+    return TrainSettings(
+        network=network,
+        inputs=inputs,
+        loss=loss,
+        units=units,
+        channels=channels,
+        steps=steps,
+        batch=batch,
+        crop=crop,
+        learning_rate=learning_rate,
+        halve_every=halve_every,
+        hold_out=hold_out,
+        patience=patience,
+        start=start,
+        seed=seed,
+        device=device,
+    )
+
+
+@takes(parse_settings, "settings")
+def train(
+    sources: Annotated[list[str], typer.Argument(metavar="SRC...", help="Zarr volumes to learn from, one or more.")],
+    weights: Annotated[str, typer.Option("--out", metavar="W", help="Weights file to write (.safetensors).")],
+    settings: TrainSettings,
+    clean: Annotated[
+        list[str] | None, typer.Option(metavar="REF", help="Clean volume of the same voxels, for loss clean.")
+    ] = None,
+    mask: Annotated[
+        list[str] | None, typer.Option(metavar="M", help="Volume that is not 0 where there is something to learn from.")
+    ] = None,
+    roi: Annotated[
+        list[str] | None, typer.Option(metavar="Z0:Z1,Y0:Y1,X0:X1", help="Learn from this part only.")
+    ] = None,
+    level: LevelNumber = 0,
+    storage_options: StorageOptions = None,  # noqa: ARG001
+) -> None:
+    """Train on SRC itself: no clean data is needed.
+
+    Its noise is looked at first, to choose the loss. The paper's is adjacent, which asks for the slices around. Of
+    several volumes, --clean, --mask and --roi are given once for each, in the same order, or not at all.
+    """
+    beside = (_for_each(sources, name, given) for name, given in (("clean", clean), ("mask", mask), ("roi", roi)))
+    volumes = [
+        TrainingVolume(source, of_clean, of_mask, parse_box("roi", part), level)
+        for source, of_clean, of_mask, part in zip(sources, *beside, strict=True)
+    ]
+    with progress_bar(SAVED) as bar:
+        task = bar.add_task("training", total=settings.steps, speed="")
+
+        def trained(step: int, loss: float) -> None:
+            bar.start()
+            bar.update(task, completed=step, speed=f"loss {loss:.4f}")
+
+        record = train_weights(volumes, weights, settings, trained)
+    said = network_text(settings.architecture)
+    why = f", as {record[CHOSEN]}" if CHOSEN in record else ""
+    out.print(f"{weights}: {said}, loss {record['settings']['loss']}{why}")
+    out.print(_validation_text(record))
+
+
+def _for_each(sources: list[str], name: str, given: list[str] | None) -> list[str] | list[None]:
+    """One for each volume. Raises InputError for another number of them."""
+    if given and len(given) != len(sources):
+        raise InputError(
+            f"--{name} is given {counted(len(given), 'time')} for {counted(len(sources), 'volume')}: give it once for "
+            "each, in the same order, or leave it out"
+        )
+    return given or [None] * len(sources)
+
+
+def _validation_text(record: dict[str, Any]) -> str:
+    """How training did on slices held out, as its record says."""
+    settings, validation = record["settings"], record.get("validation")
+    if validation is None:
+        return "no slices were held out" + (": they are too few" if settings["hold_out"] else "")
+    looks, at, taken = validation["step_and_loss"], validation["best_step"], record["steps_taken"]
+    slices = sum(len(volume["held_out"]) for volume in record["volumes"])
+    return (
+        f"on {counted(slices, 'slice')} held out the loss fell from {looks[0][1]:.4f} to "
+        f"{dict(looks)[at]:.4f} at step {at} of {taken}"
+        + (", where it stopped early" if taken < settings["steps"] else "")
+    )
