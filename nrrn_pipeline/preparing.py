@@ -14,15 +14,15 @@ from nrrn_pipeline.network import architecture_of, bytes_hash, choose_device, pa
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.planning import DenoisePlan, Method, plan_denoise
-from nrrn_pipeline.slab import read_weights
+from nrrn_pipeline.shipped import located, read_weights
 from nrrn_pipeline.volume import Volume, open_volume
 
 Location = str | os.PathLike[str]
 
 
 def describe_weights(path: Location) -> Weights:
-    """What a plan needs to know of a weights file."""
-    url = absolute(path)
+    """What a plan needs to know of a weights file, or of shipped weights by their name."""
+    url = located(path)
     try:
         data = read_weights(url)
     except OSError as error:

@@ -18,16 +18,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nrrn_pipeline import storage
 from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.filters import Filter
 from nrrn_pipeline.geometry import Box, Cut, Span
 from nrrn_pipeline.ledger import Ledger, Record
 from nrrn_pipeline.machine import peak_memory_bytes
-from nrrn_pipeline.network import MAX_BYTES, NO_WEIGHTS, Network, bytes_hash, in_slot, parse_weights
+from nrrn_pipeline.network import Network, bytes_hash, in_slot, parse_weights
 from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.planning import DenoisePlan, Slab
+from nrrn_pipeline.shipped import read_weights
 from nrrn_pipeline.statistics import SliceStatistics
 from nrrn_pipeline.stitching import blended, cropped
 from nrrn_pipeline.volume import read_box, write_box
@@ -77,16 +77,6 @@ def denoise_slab(plan: DenoisePlan, device: str, task: SlabTask) -> Record:
     )
     ledger.put(record)  # last: a slab is done when, and only when, it is recorded
     return record
-
-
-def read_weights(url: str) -> bytes:
-    """A weights file, from a path or any URL. Raises InputError if there is none, or it is too large for one."""
-    data = storage.read_agreed(url, MAX_BYTES)
-    if data is None:
-        raise InputError(NO_WEIGHTS.format(url))
-    if len(data) == MAX_BYTES:
-        raise InputError(f"{url} is no weights file: it has {MAX_BYTES} bytes or more")
-    return data
 
 
 def read_weights_of(weights: Weights) -> bytes:

@@ -24,6 +24,7 @@ from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import absolute, can_list
 from nrrn_pipeline.planning import Method
 from nrrn_pipeline.preparing import Location, describe_weights
+from nrrn_pipeline.shipped import SHIPPED
 from nrrn_pipeline.volume import is_zarr
 
 MAX_BYTES = 4 * 2**20  # of a manifest: some 40,000 volumes
@@ -269,7 +270,7 @@ def _weights_for(entry: Entry, folder: str, weights: str | None) -> str | None:
     if entry.weights is not None:
         if method.filter:
             raise InputError(f"the filter {method.name} needs no weights: leave them out, or name no filter")
-        return _beside(folder, entry.weights)
+        return entry.weights if entry.weights in SHIPPED else _beside(folder, entry.weights)
     if method.filter:
         return None
     if weights is None:

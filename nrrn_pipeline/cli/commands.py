@@ -34,10 +34,9 @@ from nrrn_pipeline.cli.training import train as train_network
 from nrrn_pipeline.cluster import load_settings, make_keys
 from nrrn_pipeline.cost import bytes_text, counted
 from nrrn_pipeline.denoisers import Weights
-from nrrn_pipeline.errors import GO_ON, readable
+from nrrn_pipeline.errors import GO_ON, InputError, readable
 from nrrn_pipeline.network import architecture_of, bytes_hash, parse_header
-from nrrn_pipeline.places import absolute
-from nrrn_pipeline.slab import read_weights
+from nrrn_pipeline.shipped import SHIPPED, located, model_card, read_weights
 from nrrn_pipeline.trial import rows_of, try_cluster
 from nrrn_pipeline.volume import get_provenance, open_volume
 
@@ -127,12 +126,12 @@ app.command("train")(train_network)
 
 @app.command()
 def info(
-    path: Annotated[str, typer.Argument(help="A volume or a weights file.")],
+    path: Annotated[str, typer.Argument(help="A volume, a weights file, or the name of shipped weights.")],
     storage_options: StorageOptions = None,  # noqa: ARG001
 ) -> None:
     """Describe a volume or a weights file."""
-    if path.endswith(".safetensors") or os.path.isfile(path):
-        data = read_weights(absolute(path))
+    if path in SHIPPED or path.endswith(".safetensors") or os.path.isfile(path):
+        data = read_weights(located(path))
         header = parse_header(data, path)
         training = header.get("training")
         record = training if isinstance(training, dict) else {}
@@ -221,6 +220,22 @@ def status(
     print_rows(rows)
     for key, reason in now.failed.items():
         out.print(readable(f"slab {key}: {reason}"))
+
+
+@weights_app.command("list")
+def list_weights() -> None:
+    """The weights that are shipped, to be given by name, as in --weights nrrn-fast."""
+    for name in SHIPPED:
+        header = parse_header(read_weights(name), name)
+        out.print(f"{name}: {network_text(architecture_of(header))}; {header['training']['note']}")
+
+
+@weights_app.command("card")
+def show_card(name: Annotated[str, typer.Argument(help="Of shipped weights.")]) -> None:
+    """What shipped weights were made from, how, how well they do, and what they are not for."""
+    if name not in SHIPPED:
+        raise InputError(f"no weights {name!r} are shipped: use {', '.join(SHIPPED)}")
+    out.print(model_card(name))
 
 
 @weights_app.command("import")

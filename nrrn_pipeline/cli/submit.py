@@ -23,6 +23,7 @@ from nrrn_pipeline.places import absolute, options_text
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.preparing import make_plan
 from nrrn_pipeline.run import check_output
+from nrrn_pipeline.shipped import located
 
 ALONE = "the tasks of an array share the work by themselves; for a Dask cluster of jobs use nrrn denoise --cluster"
 ONE = "an array is for one run; for slices to come submit nrrn denoise --follow --every 0 as a job each night"
@@ -127,7 +128,7 @@ def _words_of_denoise(given: list[str], job: ArrayJob) -> Iterator[tuple[Denoise
         values = context.params
         words = ["denoise", absolute(values["source"]), absolute(values["output"])]
         if values["weights"] is not None:
-            words += ["--weights", absolute(values["weights"])]
+            words += ["--weights", located(values["weights"])]
         for option in options:
             value = values[option.name or ""]
             if isinstance(value, bool):

@@ -27,12 +27,11 @@ from nrrn_pipeline.evaluation.without_reference import (
 from nrrn_pipeline.geometry import Box, Shape
 from nrrn_pipeline.network import parse_header
 from nrrn_pipeline.options import Options
-from nrrn_pipeline.places import absolute
 from nrrn_pipeline.planning import DenoisePlan, refuse_outside
 from nrrn_pipeline.preparing import Location, make_plan
 from nrrn_pipeline.report.page import INPUT
 from nrrn_pipeline.run import check_output
-from nrrn_pipeline.slab import read_weights
+from nrrn_pipeline.shipped import located, read_weights
 from nrrn_pipeline.volume import Volume, open_volume, read_box
 
 MOST_VOXELS = 2**28  # that are measured at a time, in memory with some copies in float64
@@ -196,7 +195,7 @@ def _trained(found: Compared, candidate: Candidate) -> Compared:
     """The same with what the record in its weights says of their training."""
     if candidate.weights is None:
         return found
-    record = parse_header(read_weights(absolute(candidate.weights)), candidate.weights).get("training")
+    record = parse_header(read_weights(located(candidate.weights)), candidate.weights).get("training")
     record = record if isinstance(record, dict) else {}
     validation = record.get("validation")
     looks = validation.get("step_and_loss") if isinstance(validation, dict) else None

@@ -15,7 +15,7 @@ from nrrn_pipeline import storage
 from nrrn_pipeline.errors import DivergedError, InputError
 from nrrn_pipeline.network import DenoisingNetwork, bytes_hash, choose_device, parse_weights, weights_bytes
 from nrrn_pipeline.places import absolute
-from nrrn_pipeline.slab import read_weights
+from nrrn_pipeline.shipped import located, read_weights
 from nrrn_pipeline.training.checkpoint import Checkpoint
 from nrrn_pipeline.training.course import LOOKED_AT, Course
 from nrrn_pipeline.training.fit import OnStep, Training, TrainSettings
@@ -118,7 +118,7 @@ def _begun(settings: TrainSettings) -> tuple[TrainSettings, DenoisingNetwork | N
     """
     if settings.start is None:
         return settings.spelt_out, None, {}
-    url = absolute(settings.start)
+    url = located(settings.start)
     data = read_weights(url)
     network = parse_weights(data, url)
     own = network.architecture

@@ -30,7 +30,8 @@ from nrrn_pipeline.network import (
     weights_hash,
 )
 from nrrn_pipeline.preparing import describe_weights
-from nrrn_pipeline.slab import load_network, read_weights
+from nrrn_pipeline.shipped import read_weights
+from nrrn_pipeline.slab import load_network
 from tests.servers import ObjectStore
 from tests.support import tiny_network, tiny_weights
 
