@@ -27,8 +27,8 @@ SETTINGS = {
     "nrrn-4x64": TrainSettings(units=4, channels=64, steps=20000, batch=16, crop=128, seed=1, loss="clean"),
 }
 SOURCE = (
-    "FlyEM FIB-25, training sample 1 (CC BY), slices 0-195, with normal noise of sigma 5 to 75 grey levels or counts of "
-    "peak 1 to 50 added"
+    "FlyEM FIB-25, training sample 1 (CC BY), slices 0-195, with normal noise of sigma 5 to 75 grey levels added, or "
+    "as counts of peak 1 to 50"
 )
 NOTE = "for FIB-SEM of neurons at 8-10 nm with white noise of any strength; training on your own volume does better"
 
@@ -46,8 +46,8 @@ def main(name: str, source: Path, folder: Path, device: str) -> None:
     trained, weights = folder / f"{name}-as-trained.safetensors", folder / f"{name}.safetensors"
     settings = replace(SETTINGS[name], device=device)
     record = train(volumes, trained, settings, lambda step, loss: step % 100 or print(f"step {step}: loss {loss:.4f}"))
-    for volume in record["volumes"]:
-        volume |= {key: Path(volume[key]).name for key in ("source", "clean")}  # where they lay is of no use to others
+    for told, volume in zip(record["volumes"], volumes, strict=True):  # where they lay is of no use to others
+        told |= {"source": Path(volume.source).name, "clean": clean.name}
     save_weights(load_weights(trained), weights, record | {"source": SOURCE, "note": NOTE})
     print(f"{weights}: {record['seconds']} s, at its best after {record['validation']['best_step']} steps")
 

@@ -109,6 +109,9 @@ def train(
     said = network_text(settings.architecture)
     why = f", as {record[CHOSEN]}" if CHOSEN in record else ""
     out.print(f"{weights}: {said}, loss {record['settings']['loss']}{why}")
+    if min(record["crop"]) < settings.crop:
+        height, width = record["crop"]
+        out.print(f"crops were of {height} x {width} voxels: the smallest part, or volume, has no more")
     out.print(_validation_text(record))
 
 
@@ -128,9 +131,9 @@ def _validation_text(record: dict[str, Any]) -> str:
     if validation is None:
         return "no slices were held out" + (": they are too few" if settings["hold_out"] else "")
     looks, at, taken = validation["step_and_loss"], validation["best_step"], record["steps_taken"]
-    slices = sum(len(volume["held_out"]) for volume in record["volumes"])
+    slices = {(volume["source"], z) for volume in record["volumes"] for z in volume["held_out"]}
     return (
-        f"on {counted(slices, 'slice')} held out the loss fell from {looks[0][1]:.4f} to "
+        f"on {counted(len(slices), 'slice')} held out the loss fell from {looks[0][1]:.4f} to "
         f"{dict(looks)[at]:.4f} at step {at} of {taken}"
         + (", where it stopped early" if taken < settings["steps"] else "")
     )

@@ -21,8 +21,7 @@ SHIPPED = tuple(
 
 def located(weights: str | os.PathLike[str]) -> str:
     """The name of shipped weights as it is; else the URL, or the absolute path. Raises InputError as absolute does."""
-    name = os.fspath(weights)
-    return name if name in SHIPPED else absolute(name)
+    return weights if isinstance(weights, str) and weights in SHIPPED else absolute(weights)
 
 
 def read_weights(url: str) -> bytes:

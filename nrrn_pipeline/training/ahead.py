@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from typing import TypeVar
@@ -11,7 +11,7 @@ from typing import TypeVar
 Made = TypeVar("Made")
 
 
-def made_ahead(make: Callable[[int], Made], first: int, threads: int) -> Iterator[Made]:
+def made_ahead(make: Callable[[int], Made], first: int, threads: int) -> Generator[Made, None, None]:
     """make(first), make(first + 1), ... in order, for ever; as many as there are threads are made ahead.
 
     What `make` raises is raised where its turn comes. Once closed, nothing more is begun.

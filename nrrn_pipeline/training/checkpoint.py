@@ -52,8 +52,8 @@ class Checkpoint:
         try:
             header, tensors = _parsed(data)
             asked, taken, seconds = header["asked"], int(header["taken"]), float(header["seconds"])
-            differ = [name for name, now in self.asked.items() if asked.get(name) != now]
-            changes = [f"{name} was {asked.get(name)}, now {self.asked[name]}" for name in differ]
+            differ = [name for name in {**self.asked, **asked} if asked.get(name) != self.asked.get(name)]
+            changes = [f"{name} was {asked.get(name)}, now {self.asked.get(name)}" for name in differ]
             if not changes:
                 course.restore(taken, seconds, tensors)
         except (SafetensorError, LookupError, ValueError, TypeError, RuntimeError, AttributeError) as error:

@@ -135,7 +135,8 @@ class Training:
         pixels = math.prod(-(-length // self.network.architecture.grid) for length in batch.shape[2:])
         if len(batch) * pixels < 2:
             raise InputError(
-                f"one crop of {batch.shape[2:]} is too small for {self.network.architecture}: use more, or larger"
+                f"one crop of {tuple(batch.shape[2:])} is too small for {self.network.architecture}: use more, or "
+                "larger"
             )
         for group in self.optimiser.param_groups:
             group["lr"] = self.settings.highest_rate * _rate(self.settings, self.taken)

@@ -5,25 +5,42 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from nrrn_pipeline.geometry import Box, cells_of
+from nrrn_pipeline.geometry import Box, Span, cells_of
 from nrrn_pipeline.volume import Volume, read_box
 
 BLOCK = 16  # voxels along y and x
 LEAST_READ = 1024  # voxels along y and x, of storage units that are smaller
+WINDOW = 512  # voxels along y and x, within which noise is measured
 
 Blocks = NDArray[np.bool_]  # (y, x) whether a block has a voxel of the mask; counted from voxel 0 of the volume
 
 
 def blocks_of(mask: Volume, box: Box) -> NDArray[np.bool_]:
-    """(z, y, x) the Blocks of each slice of the box; those outside it are False."""
+    """(z, y, x) the Blocks of each slice of the box; those outside it are False. NaN counts as 0."""
     found = np.zeros((len(box.z), -(-box.y.stop // BLOCK), -(-box.x.stop // BLOCK)), np.bool_)
     depth, *sides = mask.write_unit
     height, width = (-(-LEAST_READ // side) * side for side in sides)
     for cell in cells_of(box, (depth, height, width)):
-        there = read_box(mask, cell) != 0
+        voxels = read_box(mask, cell)
+        there = (voxels != 0) & ~np.isnan(voxels)
         for axis, span in ((1, cell.y), (2, cell.x)):
             edges = np.arange(span.start // BLOCK * BLOCK, span.stop, BLOCK).clip(span.start) - span.start
             there = np.logical_or.reduceat(there, edges, axis=axis)
         y, x = (slice(span.start // BLOCK, -(-span.stop // BLOCK)) for span in (cell.y, cell.x))
         found[cell.z.within(box.z), y, x] |= there
     return found
+
+
+def best_window(blocks: dict[int, Blocks], part: Box) -> Box:
+    """Where the masks of some slices (z) of a part leave most, within WINDOW voxels along y and x; some leave some."""
+    there = [z for z, own in blocks.items() if own.any()]
+    counts = np.sum([blocks[z] for z in there], axis=0, dtype=np.int64)
+    spans = [Span(min(there), max(there) + 1)]
+    for axis, span in ((0, part.y), (1, part.x)):
+        along = counts.sum(axis=1 - axis)
+        width = min(WINDOW // BLOCK, len(along))
+        start = int(np.argmax(np.convolve(along, np.ones(width, np.int64), "valid")))
+        first, *_, last = np.flatnonzero(along[start : start + width]).repeat(2) + start
+        spans.append(Span(max(int(first) * BLOCK, span.start), min((int(last) + 1) * BLOCK, span.stop)))
+        counts = counts.take(range(first, last + 1), axis)
+    return Box(*spans)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from time import perf_counter
@@ -34,7 +35,7 @@ LOSS_NAMES = {
 
 
 def train(
-    source: Location | TrainingVolume | Sequence[TrainingVolume],
+    source: Location | TrainingVolume | Sequence[Location | TrainingVolume],
     weights: Location,
     settings: TrainSettings | None = None,
     on_step: OnStep | None = None,
@@ -55,8 +56,8 @@ def train(
     """
     settings, start, known = _begun(settings or TrainSettings())
     choose_device(settings.device)
-    materials = [of.opened() for of in _volumes(source)]
     storage.check_new_file(weights)
+    materials = [of.opened() for of in _volumes(source)]
     settings, materials, why = settled(settings, materials)
     asked = {name: value for name, value in asdict(settings).items() if name not in ("device", "checkpoint_s")} | known
     for number, material in enumerate(materials, start=1):
@@ -84,15 +85,12 @@ def train(
     return record
 
 
-def _volumes(source: Location | TrainingVolume | Sequence[TrainingVolume]) -> Sequence[TrainingVolume]:
+def _volumes(source: Location | TrainingVolume | Sequence[Location | TrainingVolume]) -> list[TrainingVolume]:
     """Raises InputError if there is none."""
-    if isinstance(source, TrainingVolume):
-        return [source]
-    if isinstance(source, Sequence) and not isinstance(source, str):
-        if not source:
-            raise InputError("there is nothing to train on: name a volume")
-        return source
-    return [TrainingVolume(source)]
+    named = source if isinstance(source, Sequence) and not isinstance(source, str) else [source]
+    if not named:
+        raise InputError("there is nothing to train on: name a volume")
+    return [of if isinstance(of, TrainingVolume) else TrainingVolume(of) for of in named]
 
 
 def _told(material: Material, with_curve: bool = True) -> dict[str, Any]:
@@ -141,6 +139,7 @@ def _record(course: Course, crops: Triplets, known: dict[str, Any]) -> dict[str,
         "loss": LOSS_NAMES[settings.loss],
         **known,
         "settings": asdict(settings),
+        "crop": list(crops.crop),
         "steps_taken": len(course.losses),
         "mean_loss_of_last_tenth": sum(tail) / len(tail),
         "seconds": round(course.seconds, 1),
@@ -168,11 +167,11 @@ def _keep_last_good(course: Course, weights: Location, record: dict[str, Any]) -
 def _take_all(course: Course, crops: Triplets, checkpoint: Checkpoint, on_step: OnStep | None) -> None:
     """All steps that are left, with a checkpoint now and then."""
     training, written = course.training, perf_counter()
-    batches = crops.batches(training.taken)
-    while not course.is_over:
-        course.take(next(batches))
-        if on_step is not None:
-            on_step(training.taken, course.losses[-1])
-        if perf_counter() - written >= training.settings.checkpoint_s:
-            checkpoint.write(course)
-            written = perf_counter()
+    with closing(crops.batches(training.taken)) as batches:
+        while not course.is_over:
+            course.take(next(batches))
+            if on_step is not None:
+                on_step(training.taken, course.losses[-1])
+            if perf_counter() - written >= training.settings.checkpoint_s:
+                checkpoint.write(course)
+                written = perf_counter()

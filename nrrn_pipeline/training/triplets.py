@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -15,31 +14,38 @@ from torch import Tensor
 
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Span
+from nrrn_pipeline.network import choose_device
 from nrrn_pipeline.run import measured
 from nrrn_pipeline.runners import run_serially
 from nrrn_pipeline.statistics import SliceStatistics, measure_box, merge_boxes, statistics_boxes
+from nrrn_pipeline.training.ahead import made_ahead
 from nrrn_pipeline.training.fit import HELD_OUT, TrainSettings
-from nrrn_pipeline.training.masks import BLOCK, Blocks, blocks_of
+from nrrn_pipeline.training.masks import BLOCK, Blocks
 from nrrn_pipeline.training.material import Material
 from nrrn_pipeline.training.recorruption import recorrupted
 from nrrn_pipeline.volume import Volume, read_box
 
-SLICES = 128  # enough to train on; more would cost a pass over the whole volume for their statistics
+KEPT_BYTES = 2**28  # of voxels that are held in memory, if all that is learnt from is no more
+AHEAD_OF_GPU = 4  # threads
 LEAST_LEFT = 0.7  # of what holding slices out should leave: those next to them are lost too
-RUN = 16  # consecutive slices read together, or a chunk's depth if that is more
+
+
+Kept = tuple[Box, NDArray[Any]]
 
 
 @dataclass(frozen=True, eq=False)
 class Place:
     """A triplet to take crops from: slices z - 1, z, z + 1, and their statistics.
 
-    blocks: those of its centre slice that have something to learn from; None: all have.
+    blocks: those of its centre slice that have something to learn from; None: all have. kept: what is held in memory
+    of the volume and the clean one, by their URL: the voxels of a box.
     """
 
     material: Material
     z: int
     statistics: SliceStatistics
     blocks: Blocks | None
+    kept: Mapping[str, Kept]
 
     def corner(self, size: tuple[int, int], random: np.random.Generator) -> tuple[int, int]:
         """Where a crop of `size` (y, x) begins: anywhere in the part, or around any voxel of a block."""
@@ -52,28 +58,36 @@ class Place:
             y, x = (min(max(at, of.start), of.stop - n) for at, of, n in zip(wanted, spans, size, strict=True))
         return int(y), int(x)
 
+    def read(self, volume: Volume, box: Box) -> NDArray[Any]:
+        """Voxels of the volume, or the clean one, from memory or storage."""
+        if volume.url not in self.kept:
+            return read_box(volume, box)
+        origin, voxels = self.kept[volume.url]
+        return voxels[box.within(origin)]
+
 
 @dataclass(frozen=True)
 class Triplets:
     """Crops at random places, randomly flipped, each slice z-scored as a whole; float32.
 
     crop: voxels along y, x. learnt: the triplets that batches come from; held_out: others, which share no slice with
-    these. Batches are (n, 3, y, x). For loss clean, (n, 4, y, x): last the clean centre slice, by the noisy one's mean
-    and standard deviation. For loss recorrupted, (n, 4, y, x): the centre slice is recorrupted, and last is what is
-    asked for.
+    these; threads: as many batches are made ahead. Batches are (n, 3, y, x). For loss clean, (n, 4, y, x): last the
+    clean centre slice, by the noisy one's mean and standard deviation. For loss recorrupted, (n, 4, y, x): the centre
+    slice is recorrupted, and last is what is asked for.
     """
 
     settings: TrainSettings
     crop: tuple[int, int]
     learnt: tuple[Place, ...]
     held_out: tuple[Place, ...]
+    threads: int = 1
 
-    def batches(self, first: int = 0) -> Iterator[Tensor]:
-        """Endless, seeded: same settings, same batches; `first` is the number of the one to begin with.
+    def batches(self, first: int = 0) -> Generator[Tensor, None, None]:
+        """Endless, seeded: same settings, same batches; `first` is the number of the one to begin with. To be closed.
 
         Raises InputError for a clean voxel that is not a finite number.
         """
-        return (self._batch(self.learnt, step) for step in count(first))
+        return made_ahead(partial(self._batch, self.learnt), first, self.threads)
 
     def validation(self, batches: int) -> list[Tensor]:
         """So many of what is held out, always the same; none if nothing is."""
@@ -95,10 +109,10 @@ class Triplets:
         y, x = place.corner(self.crop, random)
         box = Box(Span(z - 1, z + 2), Span(y, y + height), Span(x, x + width))
         mean, std = (np.array(own, np.float32)[:, None, None] for own in (place.statistics.mean, place.statistics.std))
-        voxels = read_box(of.volume, box)
+        voxels = place.read(of.volume, box)
         crop = [*((voxels - mean) / std)]
         if self.settings.loss == "clean" and of.clean is not None:
-            crop.append((_clean_slice(of.clean, z, box) - mean[1]) / std[1])
+            crop.append((_finite(of.clean, place, Box(Span(z, z + 1), box.y, box.x))[0] - mean[1]) / std[1])
         elif self.settings.loss == "recorrupted" and of.noise is not None:
             seen, asked = recorrupted(voxels[1], of.noise.model, random)
             crop[1] = (seen - mean[1]) / std[1]
@@ -120,54 +134,54 @@ def triplets(materials: Sequence[Material], settings: TrainSettings) -> Triplets
     if needed and any(getattr(material, needed) is None for material in materials):
         raise ValueError(f"loss {settings.loss} needs {needed} of every volume")
     learnt, held_out = [], []
+    by_volume: dict[str, list[Place]] = {}
+    keep = sum(map(_bytes_of, materials)) <= KEPT_BYTES
     for material in materials:
-        more, held = _split(_places(material), settings.hold_out)
+        by_volume.setdefault(material.volume.url, []).extend(_places(material, keep))
+    for places in by_volume.values():
+        more, held = _split(places, settings.hold_out)
         learnt += more
         held_out += held
     height, width = (min(settings.crop, *(len(material.part.spans[axis]) for material in materials)) for axis in (1, 2))
-    return Triplets(settings, (height, width), tuple(learnt), tuple(held_out))
+    threads = AHEAD_OF_GPU if choose_device(settings.device).type == "cuda" else 1
+    return Triplets(settings, (height, width), tuple(learnt), tuple(held_out), threads)
 
 
-def training_runs(volume: Volume, z: Span) -> list[Span]:
-    """Runs of consecutive slices, whole chunks deep, spread evenly over `z`; runs that touch are one."""
-    depth = -(-RUN // volume.chunk[0]) * volume.chunk[0]
-    starts = range(z.start // volume.chunk[0] * volume.chunk[0], z.stop, depth)
-    number = min(len(starts), max(1, SLICES // depth))
-    runs: list[Span] = []
-    for start in sorted({starts[round(i)] for i in np.linspace(0, len(starts) - 1, number)}):
-        run = Span(max(start, z.start), min(start + depth, z.stop))
-        if runs and runs[-1].stop == run.start:
-            runs[-1] = Span(runs[-1].start, run.stop)
-        else:
-            runs.append(run)
-    return runs
+def _bytes_of(material: Material) -> int:
+    """All that is learnt from."""
+    sizes = (len(run) * len(material.part.y) * len(material.part.x) for run in material.runs)
+    return sum(sizes) * sum(of.itemsize for of in (material.volume, material.clean) if of is not None)
 
 
-def _places(material: Material) -> list[Place]:
-    """All triplets that there are something to learn from. Raises InputError if there is none."""
-    volume, part, mask = material.volume, material.part, material.mask
-    runs = training_runs(volume, part.z)
-    found = []
-    for run in runs:
-        statistics = _measured(volume, run)
-        masked = None if mask is None else blocks_of(mask, Box(run, part.y, part.x))
+def _places(material: Material, keep: bool) -> list[Place]:
+    """All triplets that there is something to learn from. Raises InputError if there is none."""
+    masked, found = material.masked(), []
+    for run in material.runs:
+        statistics = _measured(material.volume, run)
+        box = Box(run, material.part.y, material.part.x)
+        read = [of for of in (material.volume, material.clean) if of is not None] if keep else []
+        kept = {of.url: (box, read_box(of, box)) for of in read}
         for z in range(run.start + 1, run.stop - 1):
-            own, blocks = statistics.of(Span(z - 1, z + 2)), None if masked is None else masked[z - run.start]
+            own, blocks = statistics.of(Span(z - 1, z + 2)), None if masked is None else masked[z]
             blank = min(own.std) == 0 or (blocks is not None and not blocks.any())
             if not blank and not {z - 1, z, z + 1}.intersection(material.without):
-                found.append(Place(material, z, own, blocks))
+                found.append(Place(material, z, own, blocks, kept))
     if not found:
-        looked_at = ", ".join(f"{run.start}:{run.stop}" for run in runs)
+        looked_at = ", ".join(f"{run.start}:{run.stop}" for run in material.runs)
         raise InputError(
-            f"{volume.url} has no three consecutive slices to learn from in z={looked_at}: they are blank, too few, "
-            f"{'' if mask is None else 'out of the mask, '}or noisy unlike the others (name the loss, and all slices "
-            "count)"
+            f"{material.volume.url} has no three consecutive slices to learn from in z={looked_at}: they are blank, "
+            f"too few, {'' if masked is None else 'out of the mask, '}or noisy unlike the others (name the loss, and "
+            "all slices count)"
         )
     return found
 
 
 def _split(places: list[Place], share: float) -> tuple[list[Place], list[Place]]:
-    """What to learn from, and that share, in the middle, to be held out; nothing if too much would be lost."""
+    """Of one volume's, what to learn from, and that share, in the middle, to be held out; nothing if too much is lost.
+
+    Parts of it may overlap.
+    """
+    places = sorted(places, key=lambda place: place.z)
     number = int(share * len(places))
     start = (len(places) - number) // 2
     held = places[start : start + number]
@@ -181,9 +195,11 @@ def _measured(volume: Volume, run: Span) -> SliceStatistics:
     return merge_boxes(measured(volume, outcome) for outcome in outcomes)
 
 
-def _clean_slice(clean: Volume, z: int, box: Box) -> NDArray[Any]:
-    """(y, x) voxels of the clean slice z. Raises InputError if one is not a finite number."""
-    voxels: NDArray[Any] = read_box(clean, Box(Span(z, z + 1), box.y, box.x))[0]
+def _finite(clean: Volume, place: Place, box: Box) -> NDArray[Any]:
+    """(z, y, x) clean voxels. Raises InputError if one is not a finite number."""
+    voxels = place.read(clean, box)
     if not np.isfinite(voxels).all():
-        raise InputError(f"{clean.url} holds NaN or infinite voxels in slice z={z}: replace them (with 0, say)")
+        raise InputError(
+            f"{clean.url} holds NaN or infinite voxels in slice z={box.z.start}: replace them (with 0, say)"
+        )
     return voxels

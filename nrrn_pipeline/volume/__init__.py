@@ -1,6 +1,6 @@
 """Volumes in Zarr: OME-Zarr 0.5 and 0.4 groups and bare arrays, in z, y, x order. The only package that knows zarr."""
 
-from nrrn_pipeline.volume.metadata import MAX_AXIS, Volume, refuse_unwritable
+from nrrn_pipeline.volume.metadata import DTYPES, MAX_AXIS, Volume, refuse_unwritable
 from nrrn_pipeline.volume.opening import (
     create_volume,
     get_provenance,
@@ -11,6 +11,7 @@ from nrrn_pipeline.volume.opening import (
 from nrrn_pipeline.volume.voxels import object_key, read_box, stored_units, write_box, written_slices
 
 __all__ = [
+    "DTYPES",
     "MAX_AXIS",
     "Volume",
     "create_volume",

@@ -128,10 +128,12 @@ def new_metadata(volume: Volume) -> str:
     return array.metadata.to_buffer_dict(default_buffer_prototype())["zarr.json"].to_bytes().decode()
 
 
-def describe(document: Mapping[str, Any], url: str, level: ome.Level | None) -> Volume:
+def describe(
+    document: Mapping[str, Any], url: str, level: ome.Level | None, dtypes: tuple[str, ...] = DTYPES
+) -> Volume:
     """The volume of an array's metadata; `level` says what its OME-Zarr group says of it, None for a bare array.
 
-    Raises InputError if the metadata are damaged or hostile, or it is no single-channel 3-D volume of DTYPES.
+    Raises InputError if the metadata are damaged or hostile, or it is no single-channel 3-D volume of the dtypes.
     """
     text = json.dumps({**document, "attributes": {}})  # it goes with every task; attributes may be long
     try:
@@ -142,7 +144,7 @@ def describe(document: Mapping[str, Any], url: str, level: ome.Level | None) -> 
         raise InputError(f"{url} is a damaged Zarr: its metadata cannot be read ({error})") from error
     array: Any = zarr.Array(zarr.AsyncArray(metadata, zarr.storage.StorePath(zarr.storage.MemoryStore())))
     level = level or ome.Level("", _own_axes(array), (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), in_nm=False)
-    dtype = _refuse_unusable(array, url, level)
+    dtype = _refuse_unusable(array, url, level, dtypes)
     return Volume(
         url=url,
         shape=_last3(array.shape),
@@ -166,8 +168,8 @@ def _own_axes(array: Any) -> tuple[str, ...]:
     return by_number.get(array.ndim, ("?",) * int(array.ndim))
 
 
-def _refuse_unusable(array: Any, url: str, level: ome.Level) -> str:
-    """Its dtype's name, if it is one of ours and the shape is a volume's."""
+def _refuse_unusable(array: Any, url: str, level: ome.Level, dtypes: tuple[str, ...]) -> str:
+    """Its dtype's name, if it is one of these and the shape is a volume's."""
     lead = array.ndim - 3
     if lead < 0 or level.axes[-3:] != ("z", "y", "x") or len(level.axes) != array.ndim:
         raise InputError(
@@ -177,8 +179,8 @@ def _refuse_unusable(array: Any, url: str, level: ome.Level) -> str:
         if length != 1 or axis not in ("t", "c"):
             raise InputError(f"{url} has {length} entries along axis {axis}: expected single t and c axes before z,y,x")
     dtype = str(np.dtype(array.dtype).newbyteorder("=").name)
-    if dtype not in DTYPES:
-        raise InputError(f"{url} holds {dtype} voxels: expected {', '.join(DTYPES)}")
+    if dtype not in dtypes:
+        raise InputError(f"{url} holds {dtype} voxels: expected {', '.join(dtypes)}")
     if 0 in array.shape:
         raise InputError(f"{url} is empty: its shape is {array.shape}")
     return dtype

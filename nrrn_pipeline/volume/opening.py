@@ -9,23 +9,23 @@ from typing import Any
 from nrrn_pipeline import ome, storage
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.places import absolute, can_list
-from nrrn_pipeline.volume.metadata import MAX_METADATA_BYTES, Volume, describe, name_of, new_metadata
+from nrrn_pipeline.volume.metadata import DTYPES, MAX_METADATA_BYTES, Volume, describe, name_of, new_metadata
 
 Node = dict[str, Any]  # Zarr metadata of an array or a group, with its attributes
 
 
-def open_volume(url: str | os.PathLike[str], level: int = 0) -> Volume:
+def open_volume(url: str | os.PathLike[str], level: int = 0, dtypes: tuple[str, ...] = DTYPES) -> Volume:
     """Describe the volume at a path or URL: level `level` of an OME-Zarr image, or a bare Zarr array.
 
     Raises InputError if nothing is there, it cannot be reached, is no Zarr, has no such level, or is no single-channel
-    3-D volume of uint8, uint16 or float32.
+    3-D volume of one of the dtypes.
     """
     url = absolute(url)
     node = _open_node(url)
     if _is_array(node):
         if level != 0:
             raise InputError(f"{url} has no level {level}: it is a bare array, not an OME-Zarr image with levels")
-        return describe(node, url, None)
+        return describe(node, url, None, dtypes)
     try:
         levels = ome.read_levels(node["attributes"])
     except InputError as error:
@@ -44,7 +44,7 @@ def open_volume(url: str | os.PathLike[str], level: int = 0) -> Volume:
     array = _open_node(inner)
     if not _is_array(array):
         raise InputError(f"{inner} is named as level {level} of {url} but is no array")
-    return describe(array, inner, chosen)
+    return describe(array, inner, chosen, dtypes)
 
 
 def create_volume(volume: Volume, provenance: dict[str, Any]) -> None:

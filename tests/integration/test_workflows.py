@@ -13,6 +13,7 @@ import pytest
 import zarr
 
 from nrrn_pipeline import Options, denoise, open_volume, verify
+from nrrn_pipeline.network import read_header
 from tests.servers import ObjectStore
 from tests.support import bare_zarr, image_like, stored_chunks, tiny_weights
 
@@ -43,7 +44,8 @@ def lab(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("path", sorted(WORKFLOWS.glob("**/*.py")), ids=str)
 def test_workflows_are_short(path: Path) -> None:
-    if path.parent.name != "demo" and path.name != "paper_tables.py":  # these are no examples to copy
+    no_examples = ("paper_tables.py", "shipped_weights.py")
+    if path.parent.name != "demo" and path.name not in no_examples:
         assert len(path.read_text().splitlines()) < 60
 
 
@@ -92,6 +94,24 @@ def test_train_then_denoise(lab: Path) -> None:
     page = (lab / "out/report/index.html").read_text()
     assert "gaussian-avg" in page
     assert "How nrrn learned" in page
+
+
+def test_shipped_weights(tmp_path: Path) -> None:
+    """With fewer noises and steps than the script's own."""
+    crop = np.load(WORKFLOWS / "demo/fib25_crop.npz")["volume"]
+    np.savez(tmp_path / "fib25.npz", volume=crop[:20, :64, :64])
+    short = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import shipped_weights as s; from pathlib import Path; "
+        "from nrrn_pipeline import TrainSettings; s.NOISES = s.NOISES[::6]; "
+        "s.SETTINGS['nrrn-fast'] = TrainSettings(units=1, channels=4, steps=3, batch=2, crop=32, loss='clean'); "
+        "s.main('nrrn-fast', Path(sys.argv[2]), Path(sys.argv[3]), 'cpu')"
+    )
+    run(sys.executable, "-c", short, WORKFLOWS, tmp_path / "fib25.npz", tmp_path)
+    record = read_header(tmp_path / "nrrn-fast.safetensors")["training"]
+    sources = [volume["source"] for volume in record["volumes"]]
+    assert sources == ["fib25-5-0.zarr", "fib25-75-0.zarr", "fib25-0-30.zarr"]
+    assert "CC BY" in record["source"]
+    assert str(tmp_path) not in str(record)
 
 
 def test_nightly(lab: Path) -> None:

@@ -61,7 +61,7 @@ def test_once_closed_nothing_more_is_begun() -> None:
 
     made = made_ahead(make, 0, 1)
     assert next(made) == 0
-    made.close()  # type: ignore[attr-defined]
+    made.close()
     go_on.set()
     deadline = time.monotonic() + 10
     while any(thread.name.startswith("ahead") for thread in threading.enumerate()):

@@ -17,7 +17,7 @@ from nrrn_pipeline import InputError, RunError, TrainSettings, storage, train
 from nrrn_pipeline.geometry import box_of
 from nrrn_pipeline.network import load_weights
 from nrrn_pipeline.noise import Noise
-from tests.support import bare_zarr, tiny_weights
+from tests.support import bare_zarr, image_like, tiny_weights
 
 SHAPE = (18, 64, 64)  # deep enough to hold slices out
 TINY = TrainSettings(
@@ -113,6 +113,15 @@ def test_a_checkpoint_of_another_training_is_refused_and_kept(source: Path, tmp_
             train(used, weights, settings)
         assert weights.with_name("w.safetensors.checkpoint").read_bytes() == data
     assert not weights.exists()
+
+
+def test_a_checkpoint_of_more_volumes_is_refused(source: Path, tmp_path: Path) -> None:
+    other = bare_zarr(tmp_path / "other.zarr", image_like((6, 64, 64)))
+    weights = tmp_path / "w.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        train([source, other], weights, TINY, on_step=until(4))
+    with pytest.raises(InputError, match=r"source of volume 1 was .*source\.zarr, now None"):
+        train([source], weights, TINY)
 
 
 def test_slices_left_out_are_part_of_what_was_asked(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Span
 from nrrn_pipeline.training import masks
 from nrrn_pipeline.training.fit import TrainSettings
-from nrrn_pipeline.training.masks import BLOCK, blocks_of
+from nrrn_pipeline.training.masks import BLOCK, best_window, blocks_of
 from nrrn_pipeline.training.material import Material, TrainingVolume
 from nrrn_pipeline.training.triplets import Triplets, triplets
 from nrrn_pipeline.volume import Volume, open_volume
@@ -89,7 +89,7 @@ def test_of_a_mask_only_what_lies_in_the_part_counts(tmp_path: Path) -> None:
     found = corners(made(tmp_path, mask, "0:7,20:100,20:90"))
     assert set(found[:, 0]) == {3}
     assert (found[:, 1:] >= 20).all()
-    with pytest.raises(InputError, match=r"they are blank, too few, out of the mask, or noisy unlike"):
+    with pytest.raises(InputError, match=r"mask\.zarr leaves nothing of 0:7,70:100,70:90 in z=0:7, where"):
         made(tmp_path / "other", mask, "0:7,70:100,70:90")
 
 
@@ -111,6 +111,40 @@ def test_crops_of_several_volumes_are_of_one_size_and_as_many_as_each_has_triple
     learnt = [sum(place.material is of for place in crops.learnt) for of in materials]
     assert learnt == [2, 11]
     assert [crops.held_out_of(of) for of in materials] == [[], [8, 9, 10]]
+
+
+def test_what_is_held_out_of_overlapping_parts_is_learnt_through_neither(tmp_path: Path) -> None:
+    source = bare_zarr(tmp_path / "source.zarr", image_like((40, 20, 20)))
+    parts = (Box.parse("0:30,0:20,0:20"), Box.parse("10:40,0:20,0:20"))
+    crops = triplets(
+        [TrainingVolume(source, roi=part).opened() for part in parts], replace(SETTINGS, hold_out=0.1, batch=2)
+    )
+    learnt, held = (
+        {place.z + apart for place in places for apart in (-1, 0, 1)} for places in (crops.learnt, crops.held_out)
+    )
+    assert held
+    assert not learnt & held
+
+
+def test_no_number_is_no_part_of_a_mask(tmp_path: Path) -> None:
+    mask = np.full((4, 40, 40), np.nan, np.float32)
+    mask[1, 3, 4] = 1
+    volume = open_volume(bare_zarr(tmp_path / "mask.zarr", mask))
+    assert np.argwhere(blocks_of(volume, volume.box)).tolist() == [[1, 0, 0]]
+
+
+def test_the_best_window_is_where_most_of_the_mask_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(masks, "WINDOW", 3 * BLOCK)
+    blocks = np.zeros((10, 9), np.bool_)
+    part = Box.parse("2:9,5:150,3:140")
+    blocks[1, 1] = True
+    assert best_window({3: blocks, 4: ~blocks & False}, part) == Box.parse("3:4,16:32,16:32")
+    blocks[5:7, 6:9] = True
+    assert best_window({3: blocks, 6: blocks, 8: ~blocks & False}, part) == Box.parse("3:7,80:112,96:140")
+    blocks[:] = True
+    window = best_window({3: blocks}, part)
+    assert (window.y.start, len(window.y)) == (5, 43)
+    assert (window.x.start, len(window.x)) == (3, 45)
 
 
 def test_a_mask_is_read_once_in_units_of_its_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,20 @@ def test_a_volume_without_noise_to_be_measured_is_named(tmp_path: Path) -> None:
         settled(replace(TINY, loss="recorrupted"), [TrainingVolume(flat).opened()])
 
 
+def test_noise_is_measured_where_the_mask_leaves_something(tmp_path: Path) -> None:
+    shape = (8, 96, 192)
+    voxels = Noise(sigma=5, seed=1).added(np.full(shape, 120, np.uint8), box_of(shape))
+    voxels[:, :, 96:] = Noise(sigma=20, seed=2).added(np.full((8, 96, 96), 120, np.uint8), box_of((8, 96, 96)))
+    source = bare_zarr(tmp_path / "source.zarr", voxels)
+    mask = np.zeros(shape, np.bool_)
+    mask[1:6, :, 100:] = True
+    masked = TrainingVolume(source, mask=bare_zarr(tmp_path / "mask.zarr", mask))
+    for loss in ("auto", "recorrupted"):
+        _, (material,), _ = settled(replace(TINY, loss=loss), [masked.opened()])
+        assert material.noise is not None
+        assert material.noise.model.sigma(np.array(120.0)) == pytest.approx(20, rel=0.1)
+
+
 def test_noise_is_measured_in_the_part_alone(tmp_path: Path) -> None:
     shape = (8, 96, 192)
     voxels = Noise(sigma=5, seed=1).added(np.full(shape, 120, np.uint8), box_of(shape))
