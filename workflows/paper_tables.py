@@ -349,14 +349,16 @@ def figure_s2(bench: Bench) -> None:
     bench.table("Fig. S2: parameters, and GFLOP a tile of 256 x 256", "network,parameters,GFLOP", rows)
 
 
-def made(name: str, minutes: float) -> list[str]:
+def made(name: str, minutes: float, resumed: bool) -> list[str]:
     """How."""
+    counted = ", but for what was there from an interrupted run" if resumed else ""
     scale, where = SCALES[name], f"{os.cpu_count()} cores, torch {version('torch')}"
     shape, steps = " x ".join(map(str, scale.test)), scale.settings
     return [
         "# The paper's tables on our data",
         "",
-        f"`python workflows/paper_tables.py DATA OUT --scale {name}`: {minutes:.0f} min on {where}, {date.today()}.",
+        f"`python workflows/paper_tables.py DATA OUT --scale {name}`: {minutes:.0f} min on {where}, "
+        f"{date.today()}{counted}.",
         "",
         f"Units and channels: NRRN {scale.nrrn}, DenoiseNet {scale.denoisenet}, U-Net {scale.unet}. Trained for "
         f"{steps.steps} steps of {steps.batch} crops of {steps.crop} x {steps.crop}; measured on {shape} voxels that "
@@ -376,7 +378,7 @@ def main() -> None:
     words.add_argument("out", type=Path)
     words.add_argument("--scale", choices=SCALES, default="small")
     given = words.parse_args()
-    started = time.monotonic()
+    started, resumed = time.monotonic(), (given.out / "weights").exists()
     given.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(given.data, given.out, SCALES[given.scale])
     volumes = bench.volumes(FIB25, "fib25", Noise(sigma=30))
@@ -389,7 +391,7 @@ def main() -> None:
     stitching(bench, volumes)
     figure_s2(bench)
     minutes = (time.monotonic() - started) / 60
-    (given.out / "tables.md").write_text("\n".join([*made(given.scale, minutes), *bench.lines]))
+    (given.out / "tables.md").write_text("\n".join([*made(given.scale, minutes, resumed), *bench.lines]))
     (given.out / "results.json").write_text(json.dumps(bench.results, indent=1))
     print("\n".join(bench.lines))
 

@@ -30,7 +30,7 @@ SOURCE = (
     "FlyEM FIB-25, training sample 1 (CC BY), slices 0-195, with normal noise of sigma 5 to 75 grey levels added, or "
     "as counts of peak 1 to 50"
 )
-NOTE = "for FIB-SEM of neurons at 8-10 nm with white noise of any strength; training on your own volume does better"
+NOTE = "for a first look at FIB-SEM of neurons, with white noise of any strength; other data wants weights of its own"
 
 
 def main(name: str, source: Path, folder: Path, device: str) -> None:

@@ -60,7 +60,7 @@ def test_a_volume_is_denoised_and_repaired_by_name(tmp_path: Path) -> None:
     before = read_box(volume, volume.box)
     (shard,) = (file for file in (output / "0" / "c").rglob("*") if file.is_file())
     shard.write_bytes(shard.read_bytes()[:-9])
-    again = repair(output, options=SERIAL)
+    _, again = repair(output, options=SERIAL)
     assert again is not None
     assert again.done == 1
     np.testing.assert_array_equal(read_box(volume, volume.box), before)
