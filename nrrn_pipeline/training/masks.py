@@ -40,7 +40,8 @@ def best_window(blocks: dict[int, Blocks], part: Box) -> Box:
         along = counts.sum(axis=1 - axis)
         width = min(WINDOW // BLOCK, len(along))
         start = int(np.argmax(np.convolve(along, np.ones(width, np.int64), "valid")))
-        first, *_, last = np.flatnonzero(along[start : start + width]).repeat(2) + start
-        spans.append(Span(max(int(first) * BLOCK, span.start), min((int(last) + 1) * BLOCK, span.stop)))
+        left = np.flatnonzero(along[start : start + width]) + start
+        first, last = int(left[0]), int(left[-1])
+        spans.append(Span(max(first * BLOCK, span.start), min((last + 1) * BLOCK, span.stop)))
         counts = counts.take(range(first, last + 1), axis)
     return Box(*spans)

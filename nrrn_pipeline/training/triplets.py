@@ -29,7 +29,6 @@ KEPT_BYTES = 2**28  # of voxels that are held in memory, if all that is learnt f
 AHEAD_OF_GPU = 4  # threads
 LEAST_LEFT = 0.7  # of what holding slices out should leave: those next to them are lost too
 
-
 Kept = tuple[Box, NDArray[Any]]
 
 
@@ -122,10 +121,10 @@ class Triplets:
 
 
 def triplets(materials: Sequence[Material], settings: TrainSettings) -> Triplets:
-    """What to train on; all triplets are drawn alike often, those of each volume, and held out by their share of it.
+    """What to train on: all triplets of all materials, drawn alike often; of each volume a share is held out.
 
-    Of each volume crops come from about 128 slices, in runs spread evenly over it, but for blank slices and those left
-    out. Crops are no larger than the smallest of the volumes' parts. Materials and loss are those of material.settled.
+    Blank slices and those left out are in none. Crops are no larger than the smallest part. Materials and loss are
+    those of material.settled.
 
     Raises InputError if a volume has no three consecutive slices with images, or with something of the mask in the
     middle one; or a voxel is not a finite number; ValueError if one lacks what the loss needs.
