@@ -36,7 +36,7 @@ def parse_settings(  # one parameter an option: that is how a command line is de
     batch: Annotated[int, typer.Option(help="Crops an update.")] = TrainSettings.batch,
     crop: Annotated[int, typer.Option(help="Side of a crop in voxels.")] = TrainSettings.crop,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Adam's, at its highest (0.02; of NRRN's peers 0.001).")
+        float | None, typer.Option(help="Adam's, at its highest (0.02; of NRRN's peers 0.001; with --from a quarter).")
     ] = None,
     halve_every: Annotated[
         int | None,

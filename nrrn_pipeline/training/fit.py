@@ -39,7 +39,8 @@ class TrainSettings:
     LOSSES, or "auto", by the volume's noise. checkpoint_s: seconds between two checkpoints. hold_out: share of the
     slices that validation takes; patience: how many of its looks in a row may find nothing better (0: any number).
     start: weights to go on from, of the same network; None: random ones.
-    None: 2 units, 16 channels and a rate of 0.02 for NRRN; for its peers what was published, and 0.001.
+    None: 2 units, 16 channels and a rate of 0.02 for NRRN; for its peers what was published, and 0.001. To go on from
+    weights, a quarter of the rate.
     """
 
     units: int | None = None
@@ -92,7 +93,7 @@ class TrainSettings:
         """The learning rate before it falls."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return 0.02 if self.network == "nrrn" else 0.001
+        return (0.02 if self.network == "nrrn" else 0.001) / (1 if self.start is None else 4)
 
     @property
     def spelt_out(self) -> Self:

@@ -225,6 +225,9 @@ def test_what_is_not_asked_for_goes_by_the_network(network: str, units: int, cha
         assert (found.units, found.channels, found.learning_rate) == (units, channels, rate)
         assert found.architecture == settings.architecture
     assert replace(TINY, network=network, units=3, loss="auto").spelt_out.channels == 4
+    going_on = TrainSettings(network=network, start="w.safetensors")
+    assert going_on.spelt_out.learning_rate == rate / 4
+    assert replace(going_on, learning_rate=0.1).spelt_out.learning_rate == 0.1
 
 
 @pytest.mark.parametrize(
