@@ -27,6 +27,9 @@ class Span:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    def __str__(self) -> str:
+        return f"{self.start}:{self.stop}"
+
     def within(self, origin: Span) -> slice:
         """This span as a slice of an array that holds `origin`."""
         return slice(self.start - origin.start, self.stop - origin.start)
@@ -85,7 +88,7 @@ class Box:
         return Box(*(Span(a.start - b.start, a.stop - b.start) for a, b in zip(self.spans, origin.spans, strict=True)))
 
     def __str__(self) -> str:
-        return ",".join(f"{span.start}:{span.stop}" for span in self.spans)
+        return ",".join(map(str, self.spans))
 
     @classmethod
     def parse(cls, text: str) -> Self:

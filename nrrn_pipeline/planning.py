@@ -215,10 +215,7 @@ def refuse_outside(part: Box, whole: Box, name: str = "roi") -> None:
     """Raises InputError for a part that is empty, or not inside the whole; `name`: what the user calls it."""
     for span, bound, axis in zip(part.spans, whole.spans, "zyx", strict=True):
         if not bound.start <= span.start < span.stop <= bound.stop:
-            raise InputError(
-                f"{name} {axis}={span.start}:{span.stop} is empty or not inside the volume: "
-                f"use a part of {bound.start}:{bound.stop}"
-            )
+            raise InputError(f"{name} {axis}={span} is empty or not inside the volume: use a part of {bound}")
 
 
 def _target_volume(source: Volume, group_url: str, box: Box, layout: Layout) -> Volume:

@@ -237,7 +237,7 @@ def measured(source: Volume, outcome: Outcome) -> MeasuredBox:
         return cast("MeasuredBox", outcome.result)
     raise RunError(
         f"{source.url} cannot be read at voxels {outcome.item}: {reason_of(outcome.error)}. Repair it there, or leave "
-        f"slices {outcome.item.z.start}:{outcome.item.z.stop} out with --roi (statistics are of whole slices)"
+        f"slices {outcome.item.z} out with --roi (statistics are of whole slices)"
     ) from outcome.error
 
 

@@ -50,7 +50,7 @@ class SliceStatistics:
     def of(self, z: Span) -> SliceStatistics:
         """Those of some of the slices. Raises ValueError if not all of them were measured."""
         if not self.z.start <= z.start <= z.stop <= self.z.stop:
-            raise ValueError(f"slices {z.start}:{z.stop} are wanted, {self.z.start}:{self.z.stop} were measured")
+            raise ValueError(f"slices {z} are wanted, {self.z} were measured")
         part = slice(z.start - self.first_z, z.stop - self.first_z)
         return SliceStatistics(z.start, self.mean[part], self.std[part])
 

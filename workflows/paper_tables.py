@@ -126,6 +126,7 @@ class Bench:
 
     def __init__(self, data: Path, out: Path, scale: Scale) -> None:
         self.data, self.out, self.scale = data, out, scale
+        self.filters = scale.filters.split(",")
         self.options = Options(cluster="local" if scale.test[0] > 3 else "serial")
         self.lines: list[str] = []
         self.results: dict[str, Any] = {}
@@ -203,7 +204,7 @@ def table_1(bench: Bench, volumes: dict[str, Path]) -> None:
     """Every method on one noise."""
     clean, blind = {"loss": "clean"}, {"loss": "blind-spot"}
     methods = [
-        *bench.scale.filters.split(","),
+        *bench.filters,
         bench.trained("own", volumes),
         bench.trained("nrrn", volumes),
         bench.trained("nrrn-n2v", volumes, **blind),
@@ -233,14 +234,14 @@ def by_strength(bench: Bench) -> None:
     for title in bench.scale.strengths:
         volumes = bench.volumes(FIB25, "fib25", STRENGTHS[title])
         own = [bench.trained("own", volumes), bench.trained("own-n2c", volumes, loss="clean")]
-        methods = [*bench.scale.filters.split(","), SHIPPED, *own]
+        methods = [*bench.filters, SHIPPED, *own]
         found[title] = bench.compared(f"strength-{title.replace(' ', '-')}", volumes, methods)
     rows = [
         [name, *(f"{row[name]['psnr_db']:.2f}, {row[name]['ssim']:.3f}" for row in found.values())]
         for name in next(iter(found.values()))
     ]
     ahead = [
-        row["own"]["psnr_db"] - max(of["psnr_db"] for name, of in row.items() if name in bench.scale.filters.split(","))
+        row["own"]["psnr_db"] - max(of["psnr_db"] for name, of in row.items() if name in bench.filters)
         for row in found.values()
     ]
     behind = [row["own"]["psnr_db"] - row["own-n2c"]["psnr_db"] for row in found.values()]
@@ -275,7 +276,7 @@ def real_noise(bench: Bench) -> None:
         return  # table_2 says so
     volumes = bench.slices(EPFL, "epfl")
     methods = [
-        *bench.scale.filters.split(","),
+        *bench.filters,
         SHIPPED,
         bench.trained("own", volumes),
         bench.trained("nrrn", volumes),

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from nrrn_pipeline import api
-from nrrn_pipeline.cli.options import WORDS, Source, parse_box, takes_options
+from nrrn_pipeline.cli.options import BOX, WORDS, Source, parse_box, takes_options
 from nrrn_pipeline.cli.terminal import Watch, err, print_columns, progress_bar
 from nrrn_pipeline.comparing import Comparison, Yardstick, candidates, compare, shown_columns, write_results
 from nrrn_pipeline.errors import GO_ON, InputError
@@ -32,9 +32,7 @@ def evaluate(
     ],
     folder: Annotated[str, typer.Option("--out", metavar="DIR", help="For outputs, results.json, .csv, index.html.")],
     reference: Annotated[str | None, typer.Option(help="A clean volume of the same shape, if there is one.")] = None,
-    flat: Annotated[
-        str | None, typer.Option(metavar="Z0:Z1,Y0:Y1,X0:X1", help="A part where the signal should be flat.")
-    ] = None,
+    flat: Annotated[str | None, typer.Option(metavar=BOX, help="A part where the signal should be flat.")] = None,
     edge: Annotated[
         str | None, typer.Option(metavar="Z:Y,X:Y,X[:W]", help="A line across an edge, from, to, and W voxels wide.")
     ] = None,

@@ -9,6 +9,7 @@ import typer
 
 from nrrn_pipeline import api, storage
 from nrrn_pipeline.cli.options import (
+    BOX,
     LAYOUT,
     WHERE,
     LevelNumber,
@@ -36,7 +37,7 @@ MOST_NAMED = 20  # outliers
 def noise(
     source: Source,
     level: LevelNumber = 0,
-    roi: Annotated[str | None, typer.Option(metavar="Z0:Z1,Y0:Y1,X0:X1", help="Measure this part only.")] = None,
+    roi: Annotated[str | None, typer.Option(metavar=BOX, help="Measure this part only.")] = None,
     plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Noise by signal and by slice, drawn.")] = None,
     storage_options: StorageOptions = None,  # noqa: ARG001
 ) -> None:

@@ -35,7 +35,8 @@ Halo = Annotated[int | None, typer.Option(help="Voxels read and discarded around
 SlabSize = Annotated[str | None, typer.Option("--slab", metavar="Z,Y,X", help="Voxels of one task (default: a shard).")]
 ChunkSize = Annotated[str | None, typer.Option("--chunk", metavar="Z,Y,X", help="Chunk of the output (16,256,256).")]
 ShardSize = Annotated[str | None, typer.Option("--shard", metavar="Z,Y,X", help="Shard of the output (64,512,512).")]
-Roi = Annotated[str | None, typer.Option(metavar="Z0:Z1,Y0:Y1,X0:X1", help="Denoise this part only.")]
+BOX = "Z0:Z1,Y0:Y1,X0:X1"
+Roi = Annotated[str | None, typer.Option(metavar=BOX, help="Denoise this part only.")]
 LevelNumber = Annotated[int, typer.Option("--level", help="Pyramid level of SRC; 0 is full size.")]
 Images = Annotated[int, typer.Option(help="Slices an estimate is made from: 3 (the paper's), 2 or 1.")]
 Stats = Annotated[str, typer.Option(help="Normalise with each slice's own statistics or the volume's: slice, volume.")]
@@ -111,9 +112,7 @@ def parse_box(name: str, text: str | None) -> Box | None:
     try:
         return Box.parse(text)
     except ValueError:
-        raise InputError(
-            f"--{name} {text!r} is not understood: expected Z0:Z1,Y0:Y1,X0:X1 such as 0:16,0:512,0:512"
-        ) from None
+        raise InputError(f"--{name} {text!r} is not understood: expected {BOX} such as 0:16,0:512,0:512") from None
 
 
 def parse_options(  # one parameter an option: that is how a command line is declared

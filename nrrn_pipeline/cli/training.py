@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nrrn_pipeline.cli.options import Device, LevelNumber, StorageOptions, parse_box, takes
+from nrrn_pipeline.cli.options import BOX, Device, LevelNumber, StorageOptions, parse_box, takes
 from nrrn_pipeline.cli.terminal import network_text, out, progress_bar
 from nrrn_pipeline.cost import counted
 from nrrn_pipeline.errors import InputError
@@ -82,9 +82,7 @@ def train(
     mask: Annotated[
         list[str] | None, typer.Option(metavar="M", help="Volume that is not 0 where there is something to learn from.")
     ] = None,
-    roi: Annotated[
-        list[str] | None, typer.Option(metavar="Z0:Z1,Y0:Y1,X0:X1", help="Learn from this part only.")
-    ] = None,
+    roi: Annotated[list[str] | None, typer.Option(metavar=BOX, help="Learn from this part only.")] = None,
     level: LevelNumber = 0,
     storage_options: StorageOptions = None,  # noqa: ARG001
 ) -> None:

@@ -69,6 +69,11 @@ class Material:
     without: tuple[int, ...] = ()
 
     @property
+    def volumes(self) -> list[Volume]:
+        """That crops are read from."""
+        return [self.volume] if self.clean is None else [self.volume, self.clean]
+
+    @property
     def runs(self) -> list[Span]:
         """About SLICES slices to learn from."""
         return training_runs(self.volume, self.part.z)
@@ -84,7 +89,7 @@ class Material:
         for run in self.runs:
             found |= zip(range(run.start, run.stop), blocks_of(self.mask, Box(run, *self.part.spans[1:])), strict=True)
         if not any(own.any() for own in found.values()):
-            looked_at = ", ".join(f"{run.start}:{run.stop}" for run in self.runs)
+            looked_at = ", ".join(map(str, self.runs))
             raise InputError(
                 f"the mask {self.mask.url} leaves nothing of {self.part} in z={looked_at}, where it was looked at: "
                 "give a --roi where it does, or another mask"

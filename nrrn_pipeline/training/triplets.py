@@ -52,8 +52,8 @@ class Place:
         if self.blocks is None:
             y, x = (of.start + random.integers(len(of) - n + 1) for of, n in zip(spans, size, strict=True))
         else:
-            block = np.argwhere(self.blocks)[random.integers(np.count_nonzero(self.blocks))]
-            wanted = block * BLOCK + random.integers(BLOCK, size=2) - np.array(size) // 2
+            there = np.argwhere(self.blocks)
+            wanted = there[random.integers(len(there))] * BLOCK + random.integers(BLOCK, size=2) - np.array(size) // 2
             y, x = (min(max(at, of.start), of.stop - n) for at, of, n in zip(wanted, spans, size, strict=True))
         return int(y), int(x)
 
@@ -149,7 +149,7 @@ def triplets(materials: Sequence[Material], settings: TrainSettings) -> Triplets
 def _bytes_of(material: Material) -> int:
     """All that is learnt from."""
     sizes = (len(run) * len(material.part.y) * len(material.part.x) for run in material.runs)
-    return sum(sizes) * sum(of.itemsize for of in (material.volume, material.clean) if of is not None)
+    return sum(sizes) * sum(of.itemsize for of in material.volumes)
 
 
 def _places(material: Material, keep: bool) -> list[Place]:
@@ -158,15 +158,14 @@ def _places(material: Material, keep: bool) -> list[Place]:
     for run in material.runs:
         statistics = _measured(material.volume, run)
         box = Box(run, material.part.y, material.part.x)
-        read = [of for of in (material.volume, material.clean) if of is not None] if keep else []
-        kept = {of.url: (box, read_box(of, box)) for of in read}
+        kept = {of.url: (box, read_box(of, box)) for of in material.volumes} if keep else {}
         for z in range(run.start + 1, run.stop - 1):
             own, blocks = statistics.of(Span(z - 1, z + 2)), None if masked is None else masked[z]
             blank = min(own.std) == 0 or (blocks is not None and not blocks.any())
             if not blank and not {z - 1, z, z + 1}.intersection(material.without):
                 found.append(Place(material, z, own, blocks, kept))
     if not found:
-        looked_at = ", ".join(f"{run.start}:{run.stop}" for run in material.runs)
+        looked_at = ", ".join(map(str, material.runs))
         raise InputError(
             f"{material.volume.url} has no three consecutive slices to learn from in z={looked_at}: they are blank, "
             f"too few, {'' if masked is None else 'out of the mask, '}or noisy unlike the others (name the loss, and "

@@ -96,12 +96,17 @@ def test_a_volume_without_noise_to_be_measured_is_named(tmp_path: Path) -> None:
         settled(replace(TINY, loss="recorrupted"), [TrainingVolume(flat).opened()])
 
 
+def half_noisier(path: Path) -> Path:
+    """(8, 96, 192) voxels with noise of sigma 5, and 20 from x = 96 on."""
+    halves = [np.full((8, 96, 96), 120, np.uint8) for _ in range(2)]
+    noises = (Noise(sigma=5, seed=1), Noise(sigma=20, seed=2))
+    noisy = [noise.added(half, box_of(half.shape)) for noise, half in zip(noises, halves, strict=True)]
+    return bare_zarr(path, np.concatenate(noisy, axis=2))
+
+
 def test_noise_is_measured_where_the_mask_leaves_something(tmp_path: Path) -> None:
-    shape = (8, 96, 192)
-    voxels = Noise(sigma=5, seed=1).added(np.full(shape, 120, np.uint8), box_of(shape))
-    voxels[:, :, 96:] = Noise(sigma=20, seed=2).added(np.full((8, 96, 96), 120, np.uint8), box_of((8, 96, 96)))
-    source = bare_zarr(tmp_path / "source.zarr", voxels)
-    mask = np.zeros(shape, np.bool_)
+    source = half_noisier(tmp_path / "source.zarr")
+    mask = np.zeros((8, 96, 192), np.bool_)
     mask[1:6, :, 100:] = True
     masked = TrainingVolume(source, mask=bare_zarr(tmp_path / "mask.zarr", mask))
     for loss in ("auto", "recorrupted"):
@@ -111,10 +116,7 @@ def test_noise_is_measured_where_the_mask_leaves_something(tmp_path: Path) -> No
 
 
 def test_noise_is_measured_in_the_part_alone(tmp_path: Path) -> None:
-    shape = (8, 96, 192)
-    voxels = Noise(sigma=5, seed=1).added(np.full(shape, 120, np.uint8), box_of(shape))
-    voxels[:, :, 96:] = Noise(sigma=20, seed=2).added(np.full((8, 96, 96), 120, np.uint8), box_of((8, 96, 96)))
-    source = bare_zarr(tmp_path / "source.zarr", voxels)
+    source = half_noisier(tmp_path / "source.zarr")
     for part, sigma in (("1:7,0:96,0:96", 5), ("1:7,0:96,96:192", 20)):
         for loss in ("auto", "recorrupted"):
             opened = TrainingVolume(source, roi=Box.parse(part)).opened()
