@@ -19,7 +19,7 @@ from nrrn_pipeline.noise_model import SIGNAL, NoiseModel, local_means
 Floats = NDArray[np.float64]
 
 ALPHA = 0.5  # Pang et al.'s: noise added to what is seen, in standard deviations of the noise that is there
-SEEN = 1 / (1 + ALPHA**2)  # share of all counts that is seen, for noise as strong
+SEEN = 1 / (1 + ALPHA**2)  # share of all counts that is seen: what is asked for is then as noisy as with normal noise
 LEAST_CHANCE = 1e-300
 MOST_CHANCE = 1 - 1e-12
 
@@ -31,12 +31,16 @@ def recorrupted(noisy: NDArray[Any], noise: NoiseModel, random: np.random.Genera
     had. The noise of one tells next to nothing of the other's, so the network learns what it would from clean slices,
     whose expected loss is this one's less a constant. Where voxels were cut off, what they may have been before is
     drawn: what is seen is cut off again, what is asked for is not.
+
+    Of counts, what is taken away to be asked for is replaced by as many that are drawn at the local mean of those left:
+    the network sees as many counts as it will, and what is cut off at white does not depend on the thinning.
     """
     signal = noise.signal_in(noisy)
     if noise.counts:
         counts = _counts(noisy, signal, noise, random)
         thinned = random.binomial(counts, SEEN)
-        seen, asked = thinned / SEEN * noise.gain, (counts - thinned) / (1 - SEEN) * noise.gain
+        filled = thinned + random.poisson((1 / SEEN - 1) * np.maximum(local_means(thinned), 0))
+        seen, asked = filled * noise.gain, (counts - thinned) / (1 - SEEN) * noise.gain
     else:
         sigma = noise.sigma(signal)
         whole = _drawn_beyond(noisy.astype(np.float64), signal, sigma, noise, random)
