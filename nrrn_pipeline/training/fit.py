@@ -7,7 +7,7 @@ known ("recorrupted"), or a clean one too ("clean").
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -24,10 +24,11 @@ GRADIENT = 1.0  # the longest that is taken as it is: a rare batch must not undo
 WARM_UP = 20  # steps in which the learning rate rises, before it falls along a cosine
 
 AUTO = "auto"
-HELD_OUT = 1  # in the key of random numbers that are no step's
+LEARNT, HELD_OUT = 0, 1  # in the keys of random numbers, each of which is one crop's
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of each weight
 
 OnStep = Callable[[int, float], None]  # is told each step and its loss
+Randoms = Iterable[torch.Generator]  # one for each crop
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Training:
             )
         for group in self.optimiser.param_groups:
             group["lr"] = self.settings.highest_rate * _rate(self.settings, self.taken)
-        loss = LOSSES[self.settings.loss](self.network, batch.to(self.device), _random(self.settings, self.taken))
+        loss = self._loss(batch, LEARNT, self.taken)
         if not torch.isfinite(loss):
             raise DivergedError(
                 f"training failed at step {self.taken + 1}: the loss is {loss.item()}; use a lower --learning-rate"
@@ -160,10 +161,7 @@ class Training:
         Raises DivergedError if it is no finite number.
         """
         self.network.eval()
-        losses = [
-            LOSSES[self.settings.loss](self.network, batch.to(self.device), _random(self.settings, number, HELD_OUT))
-            for number, batch in enumerate(batches)
-        ]
+        losses = [self._loss(batch, HELD_OUT, number) for number, batch in enumerate(batches)]
         self.network.train()
         loss = float(torch.stack(losses).mean())
         if not math.isfinite(loss):
@@ -172,6 +170,11 @@ class Training:
                 "--learning-rate"
             )
         return loss
+
+    def _loss(self, batch: Tensor, *key: int) -> Tensor:
+        """The settings' loss on a batch; differentiable. key: of the batch's random numbers."""
+        randoms = (_random(self.settings.seed, *key, crop) for crop in range(len(batch)))
+        return LOSSES[self.settings.loss](self.network, batch.to(self.device), randoms)
 
     def state(self) -> dict[str, Tensor]:
         """After a step or more, all that the next one depends on, beside the settings and `taken`."""
@@ -205,9 +208,9 @@ def fit(batches: Iterator[Tensor], settings: TrainSettings, on_step: OnStep) -> 
     return training.finished()
 
 
-def _random(settings: TrainSettings, *key: int) -> torch.Generator:
-    """Of one step alone, and on the CPU, so that every device draws the same."""
-    mixed = np.random.SeedSequence((settings.seed, *key)).generate_state(1, np.uint64)[0]
+def _random(*key: int) -> torch.Generator:
+    """Of one crop alone, and on the CPU, so that every device draws the same."""
+    mixed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
 
 
@@ -218,23 +221,23 @@ def _rate(settings: TrainSettings, step: int) -> float:
     return 0.5 ** (step // settings.halve_every) if settings.halve_every else 1.0
 
 
-def _adjacent(network: DenoisingNetwork, triplet: Tensor, _: torch.Generator) -> Tensor:
+def _adjacent(network: DenoisingNetwork, triplet: Tensor, _: Randoms) -> Tensor:
     before, centre, after = triplet.split(1, dim=1)
     both = network(torch.cat([before, after]), torch.cat([centre, centre]))
     return adjacent_slices_loss(both[: len(both) // 2], both[len(both) // 2 :], triplet)
 
 
-def _clean(network: DenoisingNetwork, batch: Tensor, _: torch.Generator) -> Tensor:
+def _clean(network: DenoisingNetwork, batch: Tensor, _: Randoms) -> Tensor:
     triplet, clean = batch.split([3, 1], dim=1)
     return clean_loss(network.estimate(triplet), clean)
 
 
-def _blind_spot(network: DenoisingNetwork, triplet: Tensor, random: torch.Generator) -> Tensor:
-    blinded, hidden = with_blind_spots(triplet, random)
+def _blind_spot(network: DenoisingNetwork, triplet: Tensor, randoms: Randoms) -> Tensor:
+    blinded, hidden = with_blind_spots(triplet, randoms)
     return blind_spot_loss(network.estimate(blinded), triplet[:, 1:2], hidden)
 
 
-Loss = Callable[[DenoisingNetwork, Tensor, torch.Generator], Tensor]
+Loss = Callable[[DenoisingNetwork, Tensor, Randoms], Tensor]
 LOSSES: dict[str, Loss] = {
     "adjacent": _adjacent,
     "recorrupted": _clean,  # the other recorruption stands for the clean slice
