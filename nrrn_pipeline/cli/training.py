@@ -11,7 +11,7 @@ from nrrn_pipeline.cli.terminal import network_text, out, progress_bar
 from nrrn_pipeline.cost import counted
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.network import KINDS
-from nrrn_pipeline.training.fit import AUTO, LOSSES, TrainSettings
+from nrrn_pipeline.training.fit import AUTO, LOSSES, PRECISIONS, TrainSettings
 from nrrn_pipeline.training.material import TrainingVolume
 from nrrn_pipeline.training.train import CHOSEN
 from nrrn_pipeline.training.train import train as train_weights
@@ -48,6 +48,10 @@ def parse_settings(  # one parameter an option: that is how a command line is de
     patience: Annotated[
         int, typer.Option(help="Looks at these, of 20, that may find nothing better in a row; 0: any number.")
     ] = TrainSettings.patience,
+    precision: Annotated[
+        str,
+        typer.Option(help=f"Of the network's arithmetic: {', '.join(PRECISIONS)} (bfloat16 where a GPU has it)."),
+    ] = AUTO,
     seed: Annotated[int, typer.Option(help="Of weights, crops and flips.")] = 0,
     device: Device = "auto",
 ) -> TrainSettings:
@@ -66,6 +70,7 @@ def parse_settings(  # one parameter an option: that is how a command line is de
         hold_out=hold_out,
         patience=patience,
         start=start,
+        precision=precision,
         seed=seed,
         device=device,
     )

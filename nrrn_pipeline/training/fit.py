@@ -7,7 +7,7 @@ known ("recorrupted"), or a clean one too ("clean").
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -24,10 +24,12 @@ GRADIENT = 1.0  # the longest that is taken as it is: a rare batch must not undo
 WARM_UP = 20  # steps in which the learning rate rises, before it falls along a cosine
 
 AUTO = "auto"
-HELD_OUT = 1  # in the key of random numbers that are no step's
+PRECISIONS = (AUTO, "float32", "bfloat16")
+LEARNT, HELD_OUT = 0, 1  # in the keys of random numbers, each of which is one crop's
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of each weight
 
 OnStep = Callable[[int, float], None]  # is told each step and its loss
+Randoms = Iterable[torch.Generator]  # one for each crop
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class TrainSettings:
     steps (vEMden's way; 0: never, the paper's). network, units, channels, inputs: as of Architecture. loss: a key of
     LOSSES, or "auto", by the volume's noise. checkpoint_s: seconds between two checkpoints. hold_out: share of the
     slices that validation takes; patience: how many of its looks in a row may find nothing better (0: any number).
-    start: weights to go on from, of the same network; None: random ones.
+    start: weights to go on from, of the same network; None: random ones. precision: "float32"; "bfloat16" for the
+    network's arithmetic, while weights, their updates and the loss stay float32; or "auto", by the device.
     None: 2 units, 16 channels and a rate of 0.02 for NRRN; for its peers what was published, and 0.001. To go on from
     weights, a quarter of the rate.
     """
@@ -59,6 +62,7 @@ class TrainSettings:
     hold_out: float = 0.1
     patience: int = 10
     start: str | None = None
+    precision: str = AUTO
 
     def __post_init__(self) -> None:
         """Raises InputError for numbers that no network can be trained with."""
@@ -74,6 +78,8 @@ class TrainSettings:
             raise InputError(f"learning rate {self.learning_rate} is not possible: use more than 0 and at most 1")
         if self.loss not in (AUTO, *LOSSES):
             raise InputError(f"loss {self.loss!r} is unknown: use {' or '.join((AUTO, *LOSSES))}")
+        if self.precision not in PRECISIONS:
+            raise InputError(f"precision {self.precision!r} is unknown: use {' or '.join(PRECISIONS)}")
         if self.architecture.kind != "nrrn" and self.loss == "adjacent":
             raise InputError(
                 f"loss adjacent is not possible for {self.network}, which has no branch for each neighbour: use "
@@ -97,7 +103,7 @@ class TrainSettings:
 
     @property
     def spelt_out(self) -> Self:
-        """The same, with nothing left to be chosen but the loss."""
+        """The same, with nothing left to be chosen but the loss. Raises InputError if the device is not there."""
         found = self.architecture
         return replace(
             self,
@@ -105,6 +111,7 @@ class TrainSettings:
             channels=found.channels,
             inputs=found.inputs,
             learning_rate=self.highest_rate,
+            precision=_settled(self.precision, choose_device(self.device)),
         )
 
 
@@ -123,6 +130,7 @@ class Training:
         self.network = settings.architecture.build().to(self.device)
         if start is not None:
             self.network.load_state_dict(start.state_dict())
+        self.precision = _settled(settings.precision, self.device)
         self.optimiser = torch.optim.Adam(self.network.parameters(), betas=(0.9, 0.999), eps=1e-8)
 
     def take(self, batch: Tensor) -> float:
@@ -141,7 +149,7 @@ class Training:
             )
         for group in self.optimiser.param_groups:
             group["lr"] = self.settings.highest_rate * _rate(self.settings, self.taken)
-        loss = LOSSES[self.settings.loss](self.network, batch.to(self.device), _random(self.settings, self.taken))
+        loss = self._loss(batch, LEARNT, self.taken)
         if not torch.isfinite(loss):
             raise DivergedError(
                 f"training failed at step {self.taken + 1}: the loss is {loss.item()}; use a lower --learning-rate"
@@ -160,10 +168,7 @@ class Training:
         Raises DivergedError if it is no finite number.
         """
         self.network.eval()
-        losses = [
-            LOSSES[self.settings.loss](self.network, batch.to(self.device), _random(self.settings, number, HELD_OUT))
-            for number, batch in enumerate(batches)
-        ]
+        losses = [self._loss(batch, HELD_OUT, number) for number, batch in enumerate(batches)]
         self.network.train()
         loss = float(torch.stack(losses).mean())
         if not math.isfinite(loss):
@@ -172,6 +177,12 @@ class Training:
                 "--learning-rate"
             )
         return loss
+
+    def _loss(self, batch: Tensor, *key: int) -> Tensor:
+        """The settings' loss on a batch; differentiable. key: of the batch's random numbers."""
+        randoms = (_random(self.settings.seed, *key, crop) for crop in range(len(batch)))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return LOSSES[self.settings.loss](self.network, batch.to(self.device), randoms)
 
     def state(self) -> dict[str, Tensor]:
         """After a step or more, all that the next one depends on, beside the settings and `taken`."""
@@ -205,9 +216,17 @@ def fit(batches: Iterator[Tensor], settings: TrainSettings, on_step: OnStep) -> 
     return training.finished()
 
 
-def _random(settings: TrainSettings, *key: int) -> torch.Generator:
-    """Of one step alone, and on the CPU, so that every device draws the same."""
-    mixed = np.random.SeedSequence((settings.seed, *key)).generate_state(1, np.uint64)[0]
+def _settled(precision: str, device: torch.device) -> str:
+    """float32 or bfloat16, which auto takes on GPUs that reckon in it: its range is float32's, so nothing overflows."""
+    if precision != AUTO:
+        return precision
+    fit = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if fit else "float32"
+
+
+def _random(*key: int) -> torch.Generator:
+    """Of one crop alone, and on the CPU, so that every device draws the same."""
+    mixed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(mixed >> np.uint64(1)))
 
 
@@ -218,23 +237,24 @@ def _rate(settings: TrainSettings, step: int) -> float:
     return 0.5 ** (step // settings.halve_every) if settings.halve_every else 1.0
 
 
-def _adjacent(network: DenoisingNetwork, triplet: Tensor, _: torch.Generator) -> Tensor:
+# estimates become float32 before a loss squares and sums them, whatever the network's arithmetic
+def _adjacent(network: DenoisingNetwork, triplet: Tensor, _: Randoms) -> Tensor:
     before, centre, after = triplet.split(1, dim=1)
-    both = network(torch.cat([before, after]), torch.cat([centre, centre]))
+    both = network(torch.cat([before, after]), torch.cat([centre, centre])).float()
     return adjacent_slices_loss(both[: len(both) // 2], both[len(both) // 2 :], triplet)
 
 
-def _clean(network: DenoisingNetwork, batch: Tensor, _: torch.Generator) -> Tensor:
+def _clean(network: DenoisingNetwork, batch: Tensor, _: Randoms) -> Tensor:
     triplet, clean = batch.split([3, 1], dim=1)
-    return clean_loss(network.estimate(triplet), clean)
+    return clean_loss(network.estimate(triplet).float(), clean)
 
 
-def _blind_spot(network: DenoisingNetwork, triplet: Tensor, random: torch.Generator) -> Tensor:
-    blinded, hidden = with_blind_spots(triplet, random)
-    return blind_spot_loss(network.estimate(blinded), triplet[:, 1:2], hidden)
+def _blind_spot(network: DenoisingNetwork, triplet: Tensor, randoms: Randoms) -> Tensor:
+    blinded, hidden = with_blind_spots(triplet, randoms)
+    return blind_spot_loss(network.estimate(blinded).float(), triplet[:, 1:2], hidden)
 
 
-Loss = Callable[[DenoisingNetwork, Tensor, torch.Generator], Tensor]
+Loss = Callable[[DenoisingNetwork, Tensor, Randoms], Tensor]
 LOSSES: dict[str, Loss] = {
     "adjacent": _adjacent,
     "recorrupted": _clean,  # the other recorruption stands for the clean slice

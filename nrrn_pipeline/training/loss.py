@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -24,7 +25,11 @@ def clean_loss(estimate: Tensor, clean: Tensor) -> Tensor:
 def blind_spot_loss(estimate: Tensor, noisy: Tensor, blind: Tensor) -> Tensor:
     """Mean squared error against the noisy slice on the `blind` pixels alone, which the network has not seen.
 
+    Every slice counts alike, however many of its pixels are blind (one or more): so a batch's loss is the mean of its
+    parts'.
+
     All (n, 1, y, x). Source: Krull, Buchholz & Jug, "Noise2Void" (2019). No clean data, and one noisy image of each
     slice; but a pixel's noise has to be independent of that of the pixels around it.
     """
-    return (estimate - noisy)[blind].square().mean()
+    apart = torch.where(blind, estimate - noisy, 0).square()
+    return (apart.sum((1, 2, 3)) / blind.sum((1, 2, 3))).mean()

@@ -19,7 +19,7 @@ from nrrn_pipeline.run import measured
 from nrrn_pipeline.runners import run_serially
 from nrrn_pipeline.statistics import SliceStatistics, measure_box, merge_boxes, statistics_boxes
 from nrrn_pipeline.training.ahead import made_ahead
-from nrrn_pipeline.training.fit import HELD_OUT, TrainSettings
+from nrrn_pipeline.training.fit import HELD_OUT, LEARNT, TrainSettings
 from nrrn_pipeline.training.masks import BLOCK, Blocks
 from nrrn_pipeline.training.material import Material
 from nrrn_pipeline.training.recorruption import recorrupted
@@ -86,20 +86,20 @@ class Triplets:
 
         Raises InputError for a clean voxel that is not a finite number.
         """
-        return made_ahead(partial(self._batch, self.learnt), first, self.threads)
+        return made_ahead(partial(self._batch, self.learnt, LEARNT), first, self.threads)
 
     def validation(self, batches: int) -> list[Tensor]:
         """So many of what is held out, always the same; none if nothing is."""
-        return [self._batch(self.held_out, number, HELD_OUT) for number in range(batches if self.held_out else 0)]
+        return [self._batch(self.held_out, HELD_OUT, number) for number in range(batches if self.held_out else 0)]
 
     def held_out_of(self, material: Material) -> list[int]:
         """The centre slices of a volume that are held out."""
         return sorted(place.z for place in self.held_out if place.material is material)
 
     def _batch(self, places: tuple[Place, ...], *key: int) -> Tensor:
-        """One batch, whatever was drawn before."""
-        random = np.random.default_rng((self.settings.seed, *key))
-        return torch.from_numpy(np.stack([self._crop(places, random) for _ in range(self.settings.batch)]))
+        """One batch; each crop's random numbers are its own, whatever else was drawn."""
+        randoms = (np.random.default_rng((self.settings.seed, *key, crop)) for crop in range(self.settings.batch))
+        return torch.from_numpy(np.stack([self._crop(places, random) for random in randoms]))
 
     def _crop(self, places: tuple[Place, ...], random: np.random.Generator) -> NDArray[np.float32]:
         """(3 or 4, y, x)."""

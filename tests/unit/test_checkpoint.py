@@ -67,6 +67,7 @@ def same(a: Path, b: Path) -> bool:
         {"network": "unet", "units": 1, "loss": "blind-spot"},
         {"network": "denoisenet", "units": 3, "loss": "recorrupted"},
         {"halve_every": 2},
+        {"precision": "bfloat16"},
     ],
     ids=str,
 )

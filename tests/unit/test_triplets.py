@@ -111,6 +111,14 @@ def test_the_seed_decides_the_batches(tmp_path: Path) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+def test_a_crop_is_the_same_however_many_others_are_in_its_batch(tmp_path: Path) -> None:
+    volume = stored(tmp_path, image_like((30, 20, 22)))
+    few, many = (crops_of(volume, replace(TINY, batch=batch)) for batch in (2, 5))
+    assert torch.equal(next(few.batches(3)), next(many.batches(3))[:2])
+    assert torch.equal(few.validation(2)[1], many.validation(2)[1][:2])
+    assert len({crop.numpy().tobytes() for crop in next(many.batches(3))}) == 5
+
+
 def clean_beside(folder: Path, voxels: NDArray[Any], name: str = "clean.zarr") -> Volume:
     return open_volume(bare_zarr(folder / name, voxels))
 
