@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -26,7 +26,10 @@ def parse_settings(  # one parameter an option: that is how a command line is de
         str, typer.Option(help=f"{', '.join(LOSSES)} (which needs --clean), or auto: what suits the noise.")
     ] = AUTO,
     units: Annotated[
-        int | None, typer.Option(help="Building units (2; the paper's: 4), layers (20) or poolings (4).")
+        str | None,
+        typer.Option(
+            help="Building units (2; the paper's: 4), layers (20) or poolings (4); auto: as many units as help."
+        ),
     ] = None,
     channels: Annotated[int | None, typer.Option(help="Feature maps (16; the paper's, and its peers': 64).")] = None,
     start: Annotated[
@@ -60,7 +63,7 @@ def parse_settings(  # one parameter an option: that is how a command line is de
         network=network,
         inputs=inputs,
         loss=loss,
-        units=units,
+        units=_parse_units(units),
         channels=channels,
         steps=steps,
         batch=batch,
@@ -116,6 +119,18 @@ def train(
         height, width = record["crop"]
         out.print(f"crops were of {height} x {width} voxels: the smallest part, or volume, has no more")
     out.print(_validation_text(record))
+
+
+def _parse_units(text: str | None) -> int | Literal["auto"] | None:
+    """Raises InputError for a text that is neither auto nor a number."""
+    if text is None:
+        return None
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"--units {text!r} is not possible: give a number, or auto") from None
 
 
 def _for_each(sources: list[str], name: str, given: list[str] | None) -> list[str] | list[None]:

@@ -20,6 +20,7 @@ from nrrn_pipeline.training.course import Course
 
 FORMAT = "nrrn-training-2"
 MAX_BYTES = 2**33  # of a network and three times as much
+DAMAGE = (SafetensorError, LookupError, ValueError, TypeError, RuntimeError, AttributeError)  # what it is noticed by
 
 
 @dataclass(frozen=True)
@@ -41,28 +42,44 @@ class Checkpoint:
                 "make room and run it again: it goes on from the checkpoint before, if there is one"
             ) from error
 
+    def check(self) -> None:
+        """Raises InputError if the file, where there is one, is of a training that asked for something else."""
+        self._kept()
+
     def restore(self, course: Course) -> None:
         """Put a course where the file is; without one it begins.
 
         Raises InputError if the file is of a training that asked for something else, or is damaged.
         """
+        kept = self._kept()
+        if kept is None:
+            return
+        header, tensors = kept
+        try:
+            course.restore(int(header["taken"]), float(header["seconds"]), tensors)
+        except DAMAGE as error:
+            raise self._damaged(error) from error
+
+    def _kept(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Header and tensors; None if there is no file."""
         data = storage.read_agreed(self.url, MAX_BYTES)
         if data is None:
-            return
+            return None
         try:
             header, tensors = _parsed(data)
-            asked, taken, seconds = header["asked"], int(header["taken"]), float(header["seconds"])
+            asked = header["asked"]
             differ = [name for name in {**self.asked, **asked} if asked.get(name) != self.asked.get(name)]
-            changes = [f"{name} was {asked.get(name)}, now {self.asked.get(name)}" for name in differ]
-            if not changes:
-                course.restore(taken, seconds, tensors)
-        except (SafetensorError, LookupError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-            raise InputError(f"the checkpoint {self.url} is damaged ({error}): delete it, to begin anew") from error
-        if changes:
+        except DAMAGE as error:
+            raise self._damaged(error) from error
+        if differ:
+            changes = "; ".join(f"{name} was {asked.get(name)}, now {self.asked.get(name)}" for name in differ)
             raise InputError(
-                f"{self.url} is of another training: {'; '.join(changes)}. Ask for the same, to go on with it, or "
-                "delete it"
+                f"{self.url} is of another training: {changes}. Ask for the same, to go on with it, or delete it"
             )
+        return header, tensors
+
+    def _damaged(self, error: Exception) -> InputError:
+        return InputError(f"the checkpoint {self.url} is damaged ({error}): delete it, to begin anew")
 
     def remove(self) -> None:
         """It is of no use any more."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 import torch
@@ -40,13 +40,14 @@ class TrainSettings:
     steps (vEMden's way; 0: never, the paper's). network, units, channels, inputs: as of Architecture. loss: a key of
     LOSSES, or "auto", by the volume's noise. checkpoint_s: seconds between two checkpoints. hold_out: share of the
     slices that validation takes; patience: how many of its looks in a row may find nothing better (0: any number).
-    start: weights to go on from, of the same network; None: random ones. precision: "float32"; "bfloat16" for the
+    start: weights to go on from, of the same network; None: random ones. units: "auto" is as many as slices held out
+    show to be worth it. precision: "float32"; "bfloat16" for the
     network's arithmetic, while weights, their updates and the loss stay float32; or "auto", by the device.
     None: 2 units, 16 channels and a rate of 0.02 for NRRN; for its peers what was published, and 0.001. To go on from
     weights, a quarter of the rate.
     """
 
-    units: int | None = None
+    units: int | Literal["auto"] | None = None
     channels: int | None = None
     steps: int = 1600
     batch: int = 8
@@ -67,7 +68,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         """Raises InputError for numbers that no network can be trained with."""
         for name in ("units", "channels", "steps", "batch", "crop"):
-            if (value := getattr(self, name)) is not None and value < 1:
+            if (value := getattr(self, name)) not in (None, AUTO) and value < 1:
                 raise InputError(f"{name} {getattr(self, name)} is not possible: use 1 or more")
         if not 0 <= self.hold_out <= 0.5:
             raise InputError(f"hold out {self.hold_out} is not possible: use 0 (nothing) to 0.5")
@@ -76,6 +77,11 @@ class TrainSettings:
                 raise InputError(f"{name.replace('_', ' ')} {getattr(self, name)} is not possible: use 0 or more")
         if not 0 < self.highest_rate <= 1:
             raise InputError(f"learning rate {self.learning_rate} is not possible: use more than 0 and at most 1")
+        if self.units == AUTO and (self.network != "nrrn" or self.start is not None):
+            raise InputError(
+                "units auto is not possible for "
+                + (f"{self.network}: give a number" if self.start is None else "weights to go on from: leave it out")
+            )
         if self.loss not in (AUTO, *LOSSES):
             raise InputError(f"loss {self.loss!r} is unknown: use {' or '.join((AUTO, *LOSSES))}")
         if self.precision not in PRECISIONS:
@@ -88,11 +94,15 @@ class TrainSettings:
 
     @property
     def architecture(self) -> Architecture:
-        """The network to train. Raises InputError if there is none such."""
+        """The network to train, of one unit as long as their number is to be chosen. Raises InputError if there is none
+        such.
+        """
         kind = KINDS.get(self.network)
         units, channels = (2, 16) if kind is None or self.network == "nrrn" else (kind.units, 64)
         inputs = default_inputs(self.network) if self.inputs is None else self.inputs
-        return Architecture(self.network, self.units or units, self.channels or channels, inputs)
+        if self.units is not None:
+            units = 1 if isinstance(self.units, str) else self.units
+        return Architecture(self.network, units, self.channels or channels, inputs)
 
     @property
     def highest_rate(self) -> float:
@@ -103,11 +113,11 @@ class TrainSettings:
 
     @property
     def spelt_out(self) -> Self:
-        """The same, with nothing left to be chosen but the loss. Raises InputError if the device is not there."""
+        """The same, with nothing left to be chosen but by the volume. Raises InputError if the device is not there."""
         found = self.architecture
         return replace(
             self,
-            units=found.units,
+            units=self.units if self.units == AUTO else found.units,
             channels=found.channels,
             inputs=found.inputs,
             learning_rate=self.highest_rate,

@@ -40,7 +40,8 @@ def recorrupted(noisy: NDArray[Any], noise: NoiseModel, random: np.random.Genera
         counts = _counts(noisy, signal, noise, random)
         thinned = random.binomial(counts, SEEN)
         filled = thinned + random.poisson((1 / SEEN - 1) * np.maximum(local_means(thinned), 0))
-        seen, asked = filled * noise.gain, (counts - thinned) / (1 - SEEN) * noise.gain
+        seen = filled.astype(np.float64) * noise.gain
+        asked = (counts - thinned) / (1 - SEEN) * noise.gain
     else:
         sigma = noise.sigma(signal)
         whole = _drawn_beyond(noisy.astype(np.float64), signal, sigma, noise, random)

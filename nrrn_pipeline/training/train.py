@@ -19,12 +19,14 @@ from nrrn_pipeline.places import absolute
 from nrrn_pipeline.shipped import located, read_weights
 from nrrn_pipeline.training.checkpoint import Checkpoint
 from nrrn_pipeline.training.course import LOOKED_AT, Course
-from nrrn_pipeline.training.fit import OnStep, Training, TrainSettings
+from nrrn_pipeline.training.depth import Trials, chosen
+from nrrn_pipeline.training.fit import AUTO, OnStep, Training, TrainSettings
 from nrrn_pipeline.training.material import Location, Material, TrainingVolume, settled
 from nrrn_pipeline.training.triplets import Triplets, triplets
 
 STARTED = "SHA-256 of the weights it went on from"
 CHOSEN = "loss was chosen, as"
+TRIED = "loss on slices held out by units tried"
 PARTS = 100  # of a training, in the record of its losses
 LOSS_NAMES = {
     "adjacent": "adjacent slices (Giannios et al., eq. 3)",
@@ -48,6 +50,8 @@ def train(
     Clean volumes are for the loss "clean" alone. The loss "auto" is "clean" if there are any, else it depends on the
     noise; the record says what was chosen, and why.
 
+    Units "auto" are chosen by short trainings first, each of which is kept as a checkpoint is.
+
     A tenth of the slices is held out: the weights are those that did best on them, and training stops early once it
     does no better. Of a training that diverges the best weights until then are kept beside `weights`.
 
@@ -64,9 +68,12 @@ def train(
         of = f" of volume {number}" if len(materials) > 1 else ""
         asked |= {f"{name}{of}": value for name, value in _told(material, with_curve=False).items()}
     checkpoint = Checkpoint(f"{absolute(weights)}.checkpoint", asked)
-    course = Course(Training(settings, start))
-    checkpoint.restore(course)  # before anything that takes long
-    crops = triplets(materials, settings)
+    checkpoint.check()  # before anything that takes long
+    trials = Trials(f"{absolute(weights)}.trials", asked)
+    crops, tried = _deep_enough(triplets(materials, settings), trials)
+    known |= tried
+    course = Course(Training(crops.settings, start))
+    checkpoint.restore(course)
     course.held_out = crops.validation(LOOKED_AT)
     known |= {} if why is None else {CHOSEN: why}
     known["volumes"] = [_told(of) | {"held_out": crops.held_out_of(of)} for of in materials]
@@ -75,6 +82,7 @@ def train(
         network = course.finished()
     except DivergedError as error:
         checkpoint.remove()  # it would lead here again
+        trials.remove()
         if not course.best:
             raise
         record = _record(course, crops, {**known, "stopped": str(error)})
@@ -82,7 +90,17 @@ def train(
     record = _record(course, crops, known)
     storage.write_file(absolute(weights), weights_bytes(network, record))
     checkpoint.remove()
+    trials.remove()
     return record
+
+
+def _deep_enough(crops: Triplets, trials: Trials) -> tuple[Triplets, dict[str, Any]]:
+    """The crops with units in their settings, if these are to be chosen; what the record says of that."""
+    if crops.settings.units != AUTO:
+        return crops, {}
+    tried = trials.run(crops)
+    known = {TRIED: [float(np.mean(losses)) for losses in tried]}
+    return replace(crops, settings=replace(crops.settings, units=chosen(tried))), known
 
 
 def _volumes(source: Location | TrainingVolume | Sequence[Location | TrainingVolume]) -> list[TrainingVolume]:

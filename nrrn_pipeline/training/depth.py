@@ -1,0 +1,93 @@
+"""How many building units a volume is worth: one more as long as slices that are held out show that it helps.
+
+Source: Giannios et al., Fig. 5C: the first one to three do most, and heavy noise takes up to five.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from nrrn_pipeline import storage
+from nrrn_pipeline.errors import DivergedError, InputError
+from nrrn_pipeline.training.fit import Training, TrainSettings
+from nrrn_pipeline.training.triplets import Triplets
+
+MOST = 5  # units
+SHARE = 4  # a trial takes this part of all steps
+HELD_OUT_BATCHES = 16  # that a trial is judged by
+SURE = 2.0  # standard errors by which one more unit must lower the loss
+
+Losses = list[float]  # of each batch held out
+OnTrial = Callable[[int, float], None]  # is told units and mean loss of each trial
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Short trainings of 1, 2, ... units, whose losses are kept in a file: killed, they go on with the next.
+
+    asked: what the whole training was asked for, in JSON; what was tried for another one counts for nothing.
+    """
+
+    url: str
+    asked: dict[str, Any]
+
+    def run(self, crops: Triplets, on_trial: OnTrial | None = None) -> list[Losses]:
+        """The losses of 1, 2, ... units, up to the first that were no better than one less, or MOST.
+
+        Raises InputError if no slices are held out, DivergedError if not even one unit can be trained.
+        """
+        held_out = crops.validation(HELD_OUT_BATCHES)
+        if not held_out:
+            raise InputError(
+                "units auto is not possible here: it is slices held out that tell how many are worth it, and none are "
+                "(they are too few, or --hold-out is 0): name the --units"
+            )
+        tried = self._read()
+        while len(tried) < MOST and len(tried) - chosen(tried) < 1:
+            units = len(tried) + 1
+            try:
+                tried.append(_losses(replace(crops.settings, units=units), crops, held_out))
+            except DivergedError:
+                if not tried:
+                    raise
+                break
+            storage.write_document(self.url, {"asked": json.dumps(self.asked), "tried": tried})
+            if on_trial is not None:
+                on_trial(units, float(np.mean(tried[-1])))
+        return tried
+
+    def remove(self) -> None:
+        """They are of no use any more."""
+        storage.remove_file(self.url)
+
+    def _read(self) -> list[Losses]:
+        document = storage.read_document(self.url)
+        return document["tried"] if document and document.get("asked") == json.dumps(self.asked) else []
+
+
+def chosen(tried: Sequence[Losses]) -> int:
+    """Of the losses of 1, 2, ... units on the same batches, the number from which on one more does not help for sure.
+
+    It helps if it lowers the loss by SURE standard errors of the difference, batch by batch. 0 if nothing was tried.
+    """
+    for units in range(1, len(tried)):
+        gained = np.subtract(tried[units - 1], tried[units])
+        if not gained.mean() > SURE * gained.std(ddof=1) / np.sqrt(len(gained)):
+            return units
+    return len(tried)
+
+
+def _losses(settings: TrainSettings, crops: Triplets, held_out: Sequence[Tensor]) -> Losses:
+    """Of a network of settings.units after a part of the steps, along a learning rate of its own."""
+    training = Training(replace(settings, steps=-(-settings.steps // SHARE)))
+    with closing(crops.batches()) as batches:
+        while training.taken < training.settings.steps:
+            training.take(next(batches))
+    return [training.measure([batch]) for batch in held_out]
