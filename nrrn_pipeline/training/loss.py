@@ -9,6 +9,9 @@ from torch import Tensor
 def adjacent_slices_loss(from_before: Tensor, from_after: Tensor, triplet: Tensor) -> Tensor:
     """The paper's eq. 3: each branch is asked for the neighbour that it has not seen; no clean data.
 
+    Where the slices are repeated scans of one surface, it is the paper's eq. 2: what is asked for is then the same
+    signal with other noise, and nothing is smoothed.
+
     from_before = f(x[z-1], x[z]) and from_after = f(x[z+1], x[z]), (n, 1, y, x); triplet (n, 3, y, x), normalised.
     The last term takes back the branches' disagreement: what is left is quadratic in their mean alone.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,3 +46,24 @@ def test_noisy_slices_alone_teach_nearly_what_clean_ones_do(tmp_path: Path, nois
     print(f"{noise}: {reached}")
     assert reached["without"] > reached["noisy"] + 8
     assert reached["without"] > reached["with"] - behind_db
+
+
+def test_repeated_scans_teach_by_the_loss_on_the_slices_around(tmp_path: Path) -> None:
+    """Of scans of one surface eq. 3 is eq. 2: each slice around asks for the same signal, with noise of its own."""
+    clean: NDArray[np.uint8] = np.load(CROP)["volume"][15:16]
+    scans = np.repeat(clean, 16, axis=0)
+    noisy = Noise(sigma=30, seed=1).added(scans, box_of(scans.shape))
+    source, truth = (bare_zarr(tmp_path / f"{name}.zarr", of) for name, of in (("noisy", noisy), ("clean", scans)))
+    reached = {"noisy": psnr(scans, noisy, 255)}
+    for name, volume, loss in (
+        ("scans", TrainingVolume(source), "adjacent"),
+        ("clean", TrainingVolume(source, truth), "clean"),
+    ):
+        weights = tmp_path / f"{name}.safetensors"
+        train(volume, weights, replace(SETTINGS, loss=loss))
+        denoise(source, tmp_path / f"{name}.ome.zarr", weights, Options(cluster="serial", device="cpu"))
+        volume = open_volume(tmp_path / f"{name}.ome.zarr")
+        reached[name] = psnr(scans, read_box(volume, volume.box), 255)
+    print(reached)
+    assert reached["scans"] > reached["noisy"] + 9
+    assert reached["scans"] > reached["clean"] - 0.8
