@@ -11,6 +11,7 @@ from nrrn_pipeline.cli.terminal import network_text, out, progress_bar
 from nrrn_pipeline.cost import counted
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.network import KINDS
+from nrrn_pipeline.report.scalars import Scalars
 from nrrn_pipeline.training.fit import AUTO, LOSSES, TrainSettings
 from nrrn_pipeline.training.material import TrainingVolume
 from nrrn_pipeline.training.train import CHOSEN
@@ -84,6 +85,9 @@ def train(
     ] = None,
     roi: Annotated[list[str] | None, typer.Option(metavar=BOX, help="Learn from this part only.")] = None,
     level: LevelNumber = 0,
+    tensorboard: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Write losses and learning rate there, for TensorBoard.")
+    ] = None,
     storage_options: StorageOptions = None,  # noqa: ARG001
 ) -> None:
     """Train on SRC itself: no clean data is needed.
@@ -96,14 +100,7 @@ def train(
         TrainingVolume(source, of_clean, of_mask, parse_box("roi", part), level)
         for source, of_clean, of_mask, part in zip(sources, *beside, strict=True)
     ]
-    with progress_bar(SAVED) as bar:
-        task = bar.add_task("training", total=settings.steps, speed="")
-
-        def trained(step: int, loss: float) -> None:
-            bar.start()
-            bar.update(task, completed=step, speed=f"loss {loss:.4f}")
-
-        record = train_weights(volumes, weights, settings, trained)
+    record = _watched(volumes, weights, settings, tensorboard)
     said = network_text(settings.architecture)
     why = f", as {record[CHOSEN]}" if CHOSEN in record else ""
     out.print(f"{weights}: {said}, loss {record['settings']['loss']}{why}")
@@ -111,6 +108,33 @@ def train(
         height, width = record["crop"]
         out.print(f"crops were of {height} x {width} voxels: the smallest part, or volume, has no more")
     out.print(_validation_text(record))
+
+
+def _watched(
+    volumes: list[TrainingVolume], weights: str, settings: TrainSettings, tensorboard: str | None
+) -> dict[str, Any]:
+    """Train, on a progress bar and, if a folder is given, in TensorBoard; the record."""
+    told = None if tensorboard is None else Scalars(tensorboard, settings)
+    with progress_bar(SAVED) as bar:
+        task = bar.add_task("training", total=settings.steps, speed="")
+        latest: dict[str, float] = {}
+
+        def show(step: int, **losses: float) -> None:
+            latest.update(losses)
+            bar.start()
+            bar.update(task, completed=step, speed=", ".join(f"{of} {loss:.4f}" for of, loss in latest.items()))
+
+        def stepped(step: int, loss: float) -> None:
+            show(step, loss=loss)
+            if told is not None:
+                told.step(step, loss)
+
+        def looked(step: int, loss: float) -> None:
+            show(step, **{"held out": loss})
+            if told is not None:
+                told.look(step, loss)
+
+        return train_weights(volumes, weights, settings, stepped, looked)
 
 
 def _for_each(sources: list[str], name: str, given: list[str] | None) -> list[str] | list[None]:

@@ -39,11 +39,15 @@ def train(
     weights: Location,
     settings: TrainSettings | None = None,
     on_step: OnStep | None = None,
+    on_look: OnStep | None = None,
 ) -> dict[str, Any]:
     """Train a network on a noisy volume, or several, and write it to `weights`; returns its record.
 
     Beside it a checkpoint is kept meanwhile: called again after any interruption, training goes on there. Its weights
     are those of one that was never interrupted, on a CPU with as many threads; on a GPU the last bits may differ.
+
+    on_step is told each step and its loss; on_look, after that, each step at which slices that are held out were looked
+    at, and the loss there.
 
     Clean volumes are for the loss "clean" alone. The loss "auto" is "clean" if there are any, else it depends on the
     noise; the record says what was chosen, and why.
@@ -71,7 +75,7 @@ def train(
     known |= {} if why is None else {CHOSEN: why}
     known["volumes"] = [_told(of) | {"held_out": crops.held_out_of(of)} for of in materials]
     try:
-        _take_all(course, crops, checkpoint, on_step)
+        _take_all(course, crops, checkpoint, on_step, on_look)
         network = course.finished()
     except DivergedError as error:
         checkpoint.remove()  # it would lead here again
@@ -164,7 +168,9 @@ def _keep_last_good(course: Course, weights: Location, record: dict[str, Any]) -
     return f"its best weights until then are in {url}"
 
 
-def _take_all(course: Course, crops: Triplets, checkpoint: Checkpoint, on_step: OnStep | None) -> None:
+def _take_all(
+    course: Course, crops: Triplets, checkpoint: Checkpoint, on_step: OnStep | None, on_look: OnStep | None
+) -> None:
     """All steps that are left, with a checkpoint now and then."""
     training, written = course.training, perf_counter()
     with closing(crops.batches(training.taken)) as batches:
@@ -172,6 +178,8 @@ def _take_all(course: Course, crops: Triplets, checkpoint: Checkpoint, on_step: 
             course.take(next(batches))
             if on_step is not None:
                 on_step(training.taken, course.losses[-1])
+            if on_look is not None and course.looks and course.looks[-1][0] == training.taken:
+                on_look(*course.looks[-1])
             if perf_counter() - written >= training.settings.checkpoint_s:
                 checkpoint.write(course)
                 written = perf_counter()
