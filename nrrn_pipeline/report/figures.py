@@ -117,6 +117,7 @@ def residual_autocorrelation(correlations: Mapping[str, NDArray[Any]]) -> bytes:
             axes.set_axis_off()
         figure.colorbar(picture, ax=panels, label="autocorrelation (no unit)", extend="max", shrink=0.9, aspect=25)
         if len(maps) == 1:  # names of the whole figure's axes would stand far from it
+            figure.set_layout_engine("compressed")
             panels[0, 0].set(xlabel="lag in x (pixels)", ylabel="lag in y (pixels)")
         else:
             figure.supxlabel("lag in x (pixels)", fontsize=9)

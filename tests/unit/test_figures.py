@@ -171,6 +171,12 @@ def test_the_colours_of_autocorrelations_are_of_one_scale_that_leaves_out_lag_0(
     assert shades(0.1) == shades(0.2)
 
 
+def test_the_autocorrelation_of_one_method_stands_in_the_middle() -> None:
+    drawn = (pixels(residual_autocorrelation({"denoised": correlation(0.1)})) < 255).any(-1).any(0).nonzero()[0]
+    assert drawn[0] == pytest.approx(899 - drawn[-1], abs=20)
+    assert drawn[-1] - drawn[0] > 400
+
+
 def test_autocorrelations_must_be_square() -> None:
     with pytest.raises(ValueError, match=r"shape \(3, 5\)"):
         residual_autocorrelation({"NRRN": np.zeros((3, 5))})
