@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import struct
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import google_crc32c
 import numpy as np
 import pytest
 
@@ -17,6 +15,7 @@ from nrrn_pipeline.geometry import box_of
 from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.report.scalars import HELD_OUT, LEARNT, RATE, Scalars
 from tests.commands import Nrrn, caller
+from tests.event_files import events, shown
 from tests.support import bare_zarr
 
 SHAPE = (18, 64, 64)  # deep enough to hold slices out
@@ -31,40 +30,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def source(tmp_path: Path) -> Path:
     clean = np.full(SHAPE, 120, np.uint8)
     return bare_zarr(tmp_path / "source.zarr", Noise(sigma=15, seed=1).added(clean, box_of(SHAPE)))
-
-
-def checked(content: BinaryIO, size: int) -> bytes:
-    """So many bytes, which the masked CRC-32C behind them fits."""
-    data = content.read(size)
-    crc = google_crc32c.value(data)
-    assert content.read(4) == struct.pack("<I", ((crc >> 15 | crc << 17) % 2**32 + 0xA282EAD8) % 2**32)
-    return data
-
-
-def events(file: Path) -> list[Any]:
-    """By the description of the format, a length and the data, each with its checksum."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    found, size = [], file.stat().st_size
-    with open(file, "rb") as content:
-        while content.tell() < size:
-            (length,) = struct.unpack("<Q", checked(content, 8))
-            found.append(Event.FromString(checked(content, length)))
-    assert found[0].file_version == "brain.Event:2"
-    return found
-
-
-def shown(folder: Path) -> dict[str, dict[int, float]]:
-    """By tag and step, as TensorBoard shows them: a session's start hides what is there of its step and later."""
-    tags: dict[str, dict[int, float]] = {}
-    for file in sorted(folder.iterdir()):
-        for event in events(file):
-            if event.HasField("session_log"):
-                tags = {tag: {s: v for s, v in of.items() if s < event.step} for tag, of in tags.items()}
-            for value in event.summary.value:
-                assert event.step not in tags.setdefault(value.tag, {})
-                tags[value.tag][event.step] = value.simple_value
-    return tags
 
 
 def told_of(record: dict[str, Any]) -> dict[str, dict[int, float]]:
