@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nrrn_pipeline.training.fit import TrainSettings
     from nrrn_pipeline.training.material import TrainingVolume
     from nrrn_pipeline.training.train import train
+    from nrrn_pipeline.training_page import write_training_page
     from nrrn_pipeline.volume import open_volume
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "using_options",
     "verify",
     "write_results",
+    "write_training_page",
 ]
 
 _HOMES = {
@@ -73,6 +75,7 @@ _HOMES = {
     "training.fit": ("TrainSettings",),
     "training.material": ("TrainingVolume",),
     "training.train": ("train",),
+    "training_page": ("write_training_page",),
     "volume": ("open_volume",),
 }
 

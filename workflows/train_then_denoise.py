@@ -1,7 +1,7 @@
 """Train on a noisy volume itself, try it on a region, denoise all: python workflows/train_then_denoise.py SRC FOLDER
 
-FOLDER gets weights.safetensors, report/index.html (a region, exactly as the full run will be, beside filters; and how
-training went) and denoised.zarr. What is there already is used: run it again after any interruption.
+FOLDER gets weights.safetensors, report/training.html (how training went), report/index.html (a region, exactly as the
+full run will be, beside filters) and denoised.zarr. What is there already is used: run it again after any interruption.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from nrrn_pipeline import (
     open_volume,
     train,
     write_results,
+    write_training_page,
 )
 
 OPTIONS = Options()
@@ -38,9 +39,13 @@ def main(source: str, folder: str, settings: TrainSettings = SETTINGS, options: 
     z, y, x = open_volume(source).shape
     middle = Box.parse(f"{z // 2}:{min(z // 2 + 8, z)},0:{min(y, 512)},0:{min(x, 512)}")
     report = str(place / "report")
+    training = place / "report/training.html"
+    training.parent.mkdir(exist_ok=True)
+    if not training.exists():
+        write_training_page(weights, training, options.device)
     methods = candidates(f"mean,gaussian-avg,nlm-avg,nrrn={weights}", [])
     write_results(compare(source, report, methods, replace(options, roi=middle)), report, {"region": str(middle)})
-    print(f"look at {report}/index.html while the rest is done", flush=True)
+    print(f"look at {training} and {report}/index.html while the rest is done", flush=True)
     summary = denoise(source, place / "denoised.zarr", weights, options)
     print(f"{place / 'denoised.zarr'}: {summary.slabs} slabs in {summary.seconds:.0f} s")
 

@@ -31,6 +31,7 @@ from nrrn_pipeline.cli.options import (
 )
 from nrrn_pipeline.cli.terminal import Watch, by_text, duration_text, err, network_text, out, print_rows, progress_bar
 from nrrn_pipeline.cli.training import train as train_network
+from nrrn_pipeline.cli.training import write_page
 from nrrn_pipeline.cluster import load_settings, make_keys
 from nrrn_pipeline.cost import bytes_text, counted
 from nrrn_pipeline.denoisers import Weights
@@ -236,6 +237,9 @@ def show_card(name: Annotated[str, typer.Argument(help="Of shipped weights.")]) 
     if name not in SHIPPED:
         raise InputError(f"no weights {name!r} are shipped: use {', '.join(SHIPPED)}")
     out.print(model_card(name))
+
+
+weights_app.command("page")(write_page)
 
 
 @weights_app.command("import")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import typer
 
 from nrrn_pipeline.cli.options import BOX, Device, LevelNumber, StorageOptions, parse_box, takes
-from nrrn_pipeline.cli.terminal import network_text, out, progress_bar
+from nrrn_pipeline.cli.terminal import Watch, network_text, out, progress_bar
 from nrrn_pipeline.cost import counted
-from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.errors import InputError, NrrnError, RunError
 from nrrn_pipeline.network import KINDS
+from nrrn_pipeline.report.scalars import Scalars
 from nrrn_pipeline.training.fit import AUTO, LOSSES, PRECISIONS, TrainSettings
 from nrrn_pipeline.training.material import TrainingVolume
-from nrrn_pipeline.training.train import CHOSEN
+from nrrn_pipeline.training.train import CHOSEN, TRIED
 from nrrn_pipeline.training.train import train as train_weights
+from nrrn_pipeline.training_page import check_page, write_training_page
 
 SAVED = "run the same command again to go on from the last checkpoint, of every five minutes"
 
@@ -92,6 +95,12 @@ def train(
     ] = None,
     roi: Annotated[list[str] | None, typer.Option(metavar=BOX, help="Learn from this part only.")] = None,
     level: LevelNumber = 0,
+    page: Annotated[
+        str | None, typer.Option(metavar="HTML", help="Then write a page that shows how it went (nrrn weights page).")
+    ] = None,
+    tensorboard: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Write losses and learning rate there, for TensorBoard.")
+    ] = None,
     storage_options: StorageOptions = None,  # noqa: ARG001
 ) -> None:
     """Train on SRC itself: no clean data is needed.
@@ -104,21 +113,77 @@ def train(
         TrainingVolume(source, of_clean, of_mask, parse_box("roi", part), level)
         for source, of_clean, of_mask, part in zip(sources, *beside, strict=True)
     ]
-    with progress_bar(SAVED) as bar:
-        task = bar.add_task("training", total=settings.steps, speed="")
-
-        def trained(step: int, loss: float) -> None:
-            bar.start()
-            bar.update(task, completed=step, speed=f"loss {loss:.4f}")
-
-        record = train_weights(volumes, weights, settings, trained)
-    said = network_text(settings.architecture)
+    if page is not None:
+        check_page(page)
+    record = _watched(volumes, weights, settings, tensorboard)
+    said = network_text(replace(settings, units=record["settings"]["units"]).architecture)
+    if TRIED in record:
+        said += f" (of {len(record[TRIED])} tried)"
     why = f", as {record[CHOSEN]}" if CHOSEN in record else ""
     out.print(f"{weights}: {said}, loss {record['settings']['loss']}{why}")
     if min(record["crop"]) < settings.crop:
         height, width = record["crop"]
         out.print(f"crops were of {height} x {width} voxels: the smallest part, or volume, has no more")
     out.print(_validation_text(record))
+    if page is not None:
+        _write_page_after(weights, page, settings.device)
+
+
+def write_page(
+    weights: Annotated[str, typer.Argument(metavar="W", help="Weights from nrrn train.")],
+    page: Annotated[str, typer.Option("--out", metavar="HTML", help="The page to write.")],
+    device: Device = "auto",
+    storage_options: StorageOptions = None,  # noqa: ARG001
+) -> None:
+    """Show on one page how W was trained, and what it does on slices held out from that.
+
+    It reads, and denoises a part of, the volume that W was trained on, where it was then.
+    """
+    with progress_bar("no page was written") as bar:
+        write_training_page(weights, page, device, Watch(bar))
+    out.print(f"{page}: how {weights} was trained")
+
+
+def _write_page_after(weights: str, page: str, device: str) -> None:
+    """Raises RunError if there is none, with how to make it later."""
+    try:
+        write_page(weights, page, device)
+    except (NrrnError, OSError) as error:
+        raise RunError(
+            f"{weights} is whole, but there is no page of its training: {error}; once that is mended, make it by "
+            f"nrrn weights page {weights} --out {page}"
+        ) from error
+
+
+def _watched(
+    volumes: list[TrainingVolume], weights: str, settings: TrainSettings, tensorboard: str | None
+) -> dict[str, Any]:
+    """Train, on a progress bar and, if a folder is given, in TensorBoard; the record."""
+    told = None if tensorboard is None else Scalars(tensorboard, settings)
+    with progress_bar(SAVED) as bar:
+        task = bar.add_task("training", total=settings.steps, speed="")
+        latest: dict[str, float] = {}
+
+        def show(step: int, **losses: float) -> None:
+            latest.update(losses)
+            bar.start()
+            bar.update(task, completed=step, speed=", ".join(f"{of} {loss:.4f}" for of, loss in latest.items()))
+
+        def stepped(step: int, loss: float) -> None:
+            show(step, loss=loss)
+            if told is not None:
+                told.step(step, loss)
+
+        def looked(step: int, loss: float) -> None:
+            show(step, **{"held out": loss})
+            if told is not None:
+                told.look(step, loss)
+
+        def tried(units: int, loss: float) -> None:
+            bar.start()
+            bar.update(task, speed=f"tried: {counted(units, 'unit')}, held out {loss:.4f}")
+
+        return train_weights(volumes, weights, settings, stepped, looked, tried)
 
 
 def _parse_units(text: str | None) -> int | Literal["auto"] | None:

@@ -30,12 +30,18 @@ COLUMNS = {
     "parameters": Column("parameters", "", None, 0),
     "gflop_per_tile": Column("arithmetic", "GFLOP", None, 1),
 }
-NOTES = (
+ABOUT_NOISE = (
     "Noise: its standard deviation in grey levels, measured in the finest details alone. A filter that blurs does well "
-    "on it: read it together with the next three.",
+    "on it: read it together with the next three."
+)
+ABOUT_REMOVED = (
     "What a method removes should look like the noise. Whiteness: the strongest autocorrelation of what was removed, 0 "
     "for white noise. Neighbours: its correlation between successive slices, 0 if they are independent. Structure: the "
-    "share of its power below 0.2 cycles per pixel, 0.126 for white noise; more means that structure was removed.",
+    "share of its power below 0.2 cycles per pixel, 0.126 for white noise; more means that structure was removed."
+)
+NOTES = (
+    ABOUT_NOISE,
+    ABOUT_REMOVED,
     "Flat IQR: the interquartile range where the signal should be flat. Edge: over how many voxels an edge rises from "
     "10 to 90 %; none where noise drowns it.",
     "Step: the largest change of a slice's mean brightness to the next, in grey levels.",

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.noise_details import NoiseCurve
 from nrrn_pipeline.report.page import INPUT, REFERENCE, Column, Row
 from nrrn_pipeline.volume_noise import VolumeNoise
 
@@ -115,8 +116,12 @@ def residual_autocorrelation(correlations: Mapping[str, NDArray[Any]]) -> bytes:
         for axes in panels.flat[len(maps) :]:
             axes.set_axis_off()
         figure.colorbar(picture, ax=panels, label="autocorrelation (no unit)", extend="max", shrink=0.9, aspect=25)
-        figure.supxlabel("lag in x (pixels)", fontsize=9)
-        figure.supylabel("lag in y (pixels)", fontsize=9)
+        if len(maps) == 1:  # names of the whole figure's axes would stand far from it
+            figure.set_layout_engine("compressed")
+            panels[0, 0].set(xlabel="lag in x (pixels)", ylabel="lag in y (pixels)")
+        else:
+            figure.supxlabel("lag in x (pixels)", fontsize=9)
+            figure.supylabel("lag in y (pixels)", fontsize=9)
 
     return _png(draw, 0.7 + rows * (0.25 + 4.2 / max(columns, 2)))
 
@@ -144,19 +149,23 @@ def noise_curves(found: VolumeNoise) -> bytes:
 
     def draw(figure: Figure) -> None:
         left, right = figure.subplots(1, 2, width_ratios=(2, 3), sharey=True)
-        signal = np.linspace(curve.signal[0], curve.signal[-1], 100)
-        left.plot(*curve.model.as_seen(signal), color=BLACK, linewidth=1.0, label="model")
-        if curve.model.cut:
-            left.plot(signal, curve.model.sigma(signal), "--", color=BLACK, linewidth=1.0, label="before the cut")
-        left.plot(curve.signal, curve.sigma, "o", color=COLOURS[0], markersize=3, label="measured")
-        left.legend(frameon=False)
-        left.set_xlabel("signal (grey levels)")
-        left.set_ylabel("noise (grey levels)")
+        _by_signal(left, curve)
         left.set_ylim(0, 1.15 * float(np.nanmax([*curve.sigma, *sigma])))
         right.plot(found.first_z + np.arange(len(sigma)), sigma, color=COLOURS[0], linewidth=1.0)
         unlike = np.array(found.outliers, int)
         right.plot(unlike, sigma[unlike - found.first_z], "o", color=COLOURS[1], fillstyle="none")
         right.set_xlabel(f"slice; circled: {len(found.outliers)} unlike their neighbours")
+
+    return _png(draw, 2.6)
+
+
+def noise_by_signal(curve: NoiseCurve) -> bytes:
+    """Standard deviation of the noise by signal, with the model's curve."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        _by_signal(axes, curve)
+        axes.set_ylim(0, 1.15 * max(curve.sigma))
 
     return _png(draw, 2.6)
 
@@ -206,6 +215,17 @@ def bars(rows: Sequence[Row], column: Column) -> bytes:
         axes.set_xlabel(_axis(column.name, column.unit) + direction)
 
     return _png(draw, 0.8 + 0.32 * len(found))
+
+
+def _by_signal(axes: Axes, curve: NoiseCurve) -> None:
+    signal = np.linspace(curve.signal[0], curve.signal[-1], 100)
+    axes.plot(*curve.model.as_seen(signal), color=BLACK, linewidth=1.0, label="model")
+    if curve.model.cut:
+        axes.plot(signal, curve.model.sigma(signal), "--", color=BLACK, linewidth=1.0, label="before the cut")
+    axes.plot(curve.signal, curve.sigma, "o", color=COLOURS[0], markersize=3, label="measured")
+    axes.legend(frameon=False)
+    axes.set_xlabel("signal (grey levels)")
+    axes.set_ylabel("noise (grey levels)")
 
 
 def _png(draw: Callable[[Figure], None], height_in: float) -> bytes:

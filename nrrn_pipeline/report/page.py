@@ -265,7 +265,7 @@ def _gallery(evaluation: Evaluation) -> str:
     items = "\n".join(_thumbnail(name, grey_levels(image, low, high)) for name, image in evaluation.pictures.items())
     source = INPUT if evaluation.reference is None else REFERENCE
     return f"""<section aria-labelledby="images">
-<h2 id="images">The same slice by each method</h2>
+<h2 id="images">The same slice</h2>
 <p class="hint">One grey scale for all: black is {low:.4g}, white {high:.4g}, the 0.5th and 99.5th percentile of the
 {source}.</p>
 <div id="gallery">

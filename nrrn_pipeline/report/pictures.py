@@ -1,10 +1,12 @@
-"""Slices side by side."""
+"""Slices as they are, a voxel a pixel: side by side, and what was taken out of one."""
 
 from __future__ import annotations
 
+import io
 import os
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -29,3 +31,14 @@ def save_panels(path: str | os.PathLike[str], panels: dict[str, NDArray[Any]], e
         sheet.paste(picture, (left, CAPTION))
         draw.text((left, 3), caption, fill=0, font=font)
     sheet.save(path)
+
+
+def removed_picture(residual: NDArray[Any]) -> tuple[bytes, float]:
+    """What was taken out of a (y, x) slice, as PNG, and the grey levels from its middle grey, nothing, to its white.
+
+    These are 3 standard deviations.
+    """
+    limit = 3 * float(np.std(residual)) or 1.0
+    sheet = io.BytesIO()
+    Image.fromarray(grey_levels(residual, -limit, limit)).save(sheet, "PNG")
+    return sheet.getvalue(), limit

@@ -28,7 +28,7 @@ PRECISIONS = (AUTO, "float32", "bfloat16")
 LEARNT, HELD_OUT = 0, 1  # in the keys of random numbers, each of which is one crop's
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of each weight
 
-OnStep = Callable[[int, float], None]  # is told each step and its loss
+OnStep = Callable[[int, float], None]  # is told a step, the first being 1, and a loss
 Randoms = Iterable[torch.Generator]  # one for each crop
 
 
@@ -111,6 +111,10 @@ class TrainSettings:
             return self.learning_rate
         return (0.02 if self.network == "nrrn" else 0.001) / (1 if self.start is None else 4)
 
+    def rate_of(self, step: int) -> float:
+        """The learning rate that a step is taken with, the first being 1."""
+        return self.highest_rate * _rate(self, step - 1)
+
     @property
     def spelt_out(self) -> Self:
         """The same, with nothing left to be chosen but by the volume. Raises InputError if the device is not there."""
@@ -158,7 +162,7 @@ class Training:
                 "larger"
             )
         for group in self.optimiser.param_groups:
-            group["lr"] = self.settings.highest_rate * _rate(self.settings, self.taken)
+            group["lr"] = self.settings.rate_of(self.taken + 1)
         loss = self._loss(batch, LEARNT, self.taken)
         if not torch.isfinite(loss):
             raise DivergedError(

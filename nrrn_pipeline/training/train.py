@@ -19,7 +19,7 @@ from nrrn_pipeline.places import absolute
 from nrrn_pipeline.shipped import located, read_weights
 from nrrn_pipeline.training.checkpoint import Checkpoint
 from nrrn_pipeline.training.course import LOOKED_AT, Course
-from nrrn_pipeline.training.depth import Trials, chosen
+from nrrn_pipeline.training.depth import OnTrial, Trials, chosen
 from nrrn_pipeline.training.fit import AUTO, OnStep, Training, TrainSettings
 from nrrn_pipeline.training.material import Location, Material, TrainingVolume, settled
 from nrrn_pipeline.training.triplets import Triplets, triplets
@@ -41,11 +41,16 @@ def train(
     weights: Location,
     settings: TrainSettings | None = None,
     on_step: OnStep | None = None,
+    on_look: OnStep | None = None,
+    on_trial: OnTrial | None = None,
 ) -> dict[str, Any]:
     """Train a network on a noisy volume, or several, and write it to `weights`; returns its record.
 
     Beside it a checkpoint is kept meanwhile: called again after any interruption, training goes on there. Its weights
     are those of one that was never interrupted, on a CPU with as many threads; on a GPU the last bits may differ.
+
+    on_step is told each step and its loss; on_look, after that, each step at which slices that are held out were looked
+    at, and the loss there; on_trial each number of units that is tried, and the loss there.
 
     Clean volumes are for the loss "clean" alone. The loss "auto" is "clean" if there are any, else it depends on the
     noise; the record says what was chosen, and why.
@@ -70,7 +75,7 @@ def train(
     checkpoint = Checkpoint(f"{absolute(weights)}.checkpoint", asked)
     checkpoint.check()  # before anything that takes long
     trials = Trials(f"{absolute(weights)}.trials", asked)
-    crops, tried = _deep_enough(triplets(materials, settings), trials)
+    crops, tried = _deep_enough(triplets(materials, settings), trials, on_trial)
     known |= tried
     course = Course(Training(crops.settings, start))
     checkpoint.restore(course)
@@ -78,7 +83,7 @@ def train(
     known |= {} if why is None else {CHOSEN: why}
     known["volumes"] = [_told(of) | {"held_out": crops.held_out_of(of)} for of in materials]
     try:
-        _take_all(course, crops, checkpoint, on_step)
+        _take_all(course, crops, checkpoint, on_step, on_look)
         network = course.finished()
     except DivergedError as error:
         checkpoint.remove()  # it would lead here again
@@ -94,11 +99,11 @@ def train(
     return record
 
 
-def _deep_enough(crops: Triplets, trials: Trials) -> tuple[Triplets, dict[str, Any]]:
+def _deep_enough(crops: Triplets, trials: Trials, on_trial: OnTrial | None) -> tuple[Triplets, dict[str, Any]]:
     """The crops with units in their settings, if these are to be chosen; what the record says of that."""
     if crops.settings.units != AUTO:
         return crops, {}
-    tried = trials.run(crops)
+    tried = trials.run(crops, on_trial)
     known = {TRIED: [float(np.mean(losses)) for losses in tried]}
     return replace(crops, settings=replace(crops.settings, units=chosen(tried))), known
 
@@ -182,7 +187,9 @@ def _keep_last_good(course: Course, weights: Location, record: dict[str, Any]) -
     return f"its best weights until then are in {url}"
 
 
-def _take_all(course: Course, crops: Triplets, checkpoint: Checkpoint, on_step: OnStep | None) -> None:
+def _take_all(
+    course: Course, crops: Triplets, checkpoint: Checkpoint, on_step: OnStep | None, on_look: OnStep | None
+) -> None:
     """All steps that are left, with a checkpoint now and then."""
     training, written = course.training, perf_counter()
     with closing(crops.batches(training.taken)) as batches:
@@ -190,6 +197,8 @@ def _take_all(course: Course, crops: Triplets, checkpoint: Checkpoint, on_step: 
             course.take(next(batches))
             if on_step is not None:
                 on_step(training.taken, course.losses[-1])
+            if on_look is not None and course.looks and course.looks[-1][0] == training.taken:
+                on_look(*course.looks[-1])
             if perf_counter() - written >= training.settings.checkpoint_s:
                 checkpoint.write(course)
                 written = perf_counter()

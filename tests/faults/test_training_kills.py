@@ -15,6 +15,8 @@ import torch
 from nrrn_pipeline.geometry import box_of
 from nrrn_pipeline.network import load_weights
 from nrrn_pipeline.noise import Noise
+from nrrn_pipeline.report.scalars import LEARNT
+from tests.event_files import shown
 from tests.support import bare_zarr
 
 KILLS = int(os.environ.get("NRRN_KILLS", "3"))
@@ -22,8 +24,15 @@ STEPS = 150
 TRAIN = f"""
 import sys
 from nrrn_pipeline import TrainSettings, train
+from nrrn_pipeline.report.scalars import Scalars
 settings = TrainSettings(units=1, channels=4, steps={STEPS}, batch=2, crop=32, device="cpu", checkpoint_s=0)
-train(sys.argv[1], sys.argv[2], settings, on_step=lambda step, loss: print(step, flush=True))
+scalars = Scalars(sys.argv[2] + ".board", settings)
+
+def told(step, loss):
+    scalars.step(step, loss)
+    print(step, flush=True)
+
+train(sys.argv[1], sys.argv[2], settings, told, scalars.look)
 """
 
 
@@ -61,4 +70,7 @@ def test_killed_training_gives_the_weights_of_one_that_was_not(tmp_path: Path) -
     assert rest[-1] == STEPS
     whole, killed = (load_weights(tmp_path / f"{name}.safetensors").state_dict() for name in ("whole", "killed"))
     assert all(torch.equal(tensor, killed[name]) for name, tensor in whole.items())
+    boards = [shown(tmp_path / f"{name}.safetensors.board") for name in ("whole", "killed")]
+    assert boards[0] == boards[1]
+    assert [*boards[0][LEARNT]] == [*range(1, STEPS + 1)]
     assert not (tmp_path / "killed.safetensors.checkpoint").exists()

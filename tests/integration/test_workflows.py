@@ -92,6 +92,7 @@ def test_train_then_denoise(lab: Path) -> None:
     trial, whole = (zarr.open_array(lab / f"out/{name}.zarr/0")[:] for name in ("report/nrrn.ome", "denoised"))
     assert np.array_equal(trial, whole[4:])
     page = (lab / "out/report/index.html").read_text()
+    assert "How weights.safetensors was trained" in (lab / "out/report/training.html").read_text()
     assert "gaussian-avg" in page
     assert "How nrrn learned" in page
 

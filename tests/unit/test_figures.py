@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.noise_details import NoiseCurve
+from nrrn_pipeline.noise_model import NoiseModel
 from nrrn_pipeline.report.figures import (
     BINS,
     bars,
     box_plots,
+    noise_by_signal,
     patch_histogram,
     profile,
     residual_autocorrelation,
@@ -43,6 +46,12 @@ def rows(*values: float | None) -> list[Row]:
     return [Row(name, {"PSNR": value}) for name, value in zip(names, values, strict=False)]
 
 
+def noise(gain: float) -> NoiseCurve:
+    model = NoiseModel(gain, 9.0, 1.0, black=0.0)
+    signal = np.linspace(5, 200, 8)
+    return NoiseCurve(tuple(signal), tuple(model.as_seen(signal)[1]), model)
+
+
 FALLING = [(1.0, 90.0), (2.0, 3.0), (3.0, 2.0), (4.0, 1.5), (5.0, 1.4)]
 
 DRAWN: dict[str, tuple[Callable[[], bytes], Callable[[], bytes]]] = {  # a figure, and the same with other data
@@ -63,6 +72,11 @@ DRAWN: dict[str, tuple[Callable[[], bytes], Callable[[], bytes]]] = {  # a figur
         lambda: profile({"input": spread(0, 30), "NRRN": spread(2, 30)}, 4.0, "nm"),
     ),
     "bars": (lambda: bars(rows(20.0, 30.0), PSNR), lambda: bars(rows(20.0, 25.0), PSNR)),
+    "noise": (lambda: noise_by_signal(noise(0.5)), lambda: noise_by_signal(noise(0.7))),
+    "one autocorrelation": (
+        lambda: residual_autocorrelation({"denoised": correlation(0.1)}),
+        lambda: residual_autocorrelation({"denoised": correlation(-0.1)}),
+    ),
     "training": (lambda: training_curves(FALLING, FALLING[1:3]), lambda: training_curves(FALLING, FALLING[2:4])),
 }
 
@@ -155,6 +169,12 @@ def test_the_colours_of_autocorrelations_are_of_one_scale_that_leaves_out_lag_0(
 
     assert len(shades(0.1)) == 2, "lag 0 and the strongest lag of a, and half of it in b"
     assert shades(0.1) == shades(0.2)
+
+
+def test_the_autocorrelation_of_one_method_stands_in_the_middle() -> None:
+    drawn = (pixels(residual_autocorrelation({"denoised": correlation(0.1)})) < 255).any(-1).any(0).nonzero()[0]
+    assert drawn[0] == pytest.approx(899 - drawn[-1], abs=20)
+    assert drawn[-1] - drawn[0] > 400
 
 
 def test_autocorrelations_must_be_square() -> None:

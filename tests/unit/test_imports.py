@@ -81,6 +81,7 @@ def test_the_public_names_are_these() -> None:
         "using_options",
         "verify",
         "write_results",
+        "write_training_page",
     ]
     assert dir(nrrn_pipeline) == nrrn_pipeline.__all__
 

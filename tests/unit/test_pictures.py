@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from nrrn_pipeline.report.pictures import CAPTION, MARGIN, save_panels
+from nrrn_pipeline.report.pictures import CAPTION, MARGIN, removed_picture, save_panels
 from tests.support import image_like
 
 
@@ -73,3 +74,20 @@ def test_enlarging_repeats_voxels_and_invents_none(tmp_path: Path) -> None:
 def test_a_blank_last_panel_is_drawn_all_the_same(tmp_path: Path) -> None:
     blank = np.full((20, 30), 7, np.uint8)
     assert len(np.unique(panel(drawn(tmp_path / "a.png", {"a": blank}), 0, 20, 30))) == 1
+
+
+def test_what_was_removed_is_shown_around_middle_grey() -> None:
+    residual = np.random.default_rng(0).normal(0, 5, (40, 50))
+    residual[0, :3] = -100, 0, 100
+    png, limit = removed_picture(residual)
+    assert limit == pytest.approx(3 * residual.std())
+    with Image.open(io.BytesIO(png)) as picture:
+        shown = np.asarray(picture)
+    assert shown.shape == (40, 50)
+    assert shown[0, :3].tolist() == [0, 127, 255]
+
+
+def test_nothing_that_was_removed_is_grey_all_over() -> None:
+    png, _ = removed_picture(np.zeros((4, 5)))
+    with Image.open(io.BytesIO(png)) as picture:
+        assert set(np.asarray(picture).ravel().tolist()) == {127}
