@@ -12,6 +12,7 @@ from nrrn_pipeline.cli.terminal import Watch, network_text, out, progress_bar
 from nrrn_pipeline.cost import counted
 from nrrn_pipeline.errors import InputError, NrrnError, RunError
 from nrrn_pipeline.network import KINDS
+from nrrn_pipeline.places import absolute
 from nrrn_pipeline.report.scalars import Scalars
 from nrrn_pipeline.training.fit import AUTO, LOSSES, PRECISIONS, TrainSettings
 from nrrn_pipeline.training.material import TrainingVolume
@@ -114,6 +115,8 @@ def train(
         for source, of_clean, of_mask, part in zip(sources, *beside, strict=True)
     ]
     if page is not None:
+        if absolute(page) == absolute(weights):
+            raise InputError(f"--page {page} is where the weights are to be: choose another file, such as {page}.html")
         check_page(page)
     record = _watched(volumes, weights, settings, tensorboard)
     said = network_text(replace(settings, units=record["settings"]["units"]).architecture)

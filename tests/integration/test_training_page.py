@@ -204,11 +204,13 @@ def test_weights_without_a_training_of_ours_are_refused(tmp_path: Path, nrrn: Nr
     assert expected in said.err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("lacks", ["matplotlib", "pywt", "folder", "free name"])
+@pytest.mark.parametrize("lacks", ["matplotlib", "pywt", "folder", "free name", "own name"])
 def test_a_page_that_cannot_be_made_is_refused_before_training(
     trained: Path, tmp_path: Path, nrrn: Nrrn, monkeypatch: pytest.MonkeyPatch, lacks: str
 ) -> None:
     page = tmp_path / ("no/w.html" if lacks == "folder" else "w.html")
+    if lacks == "own name":
+        page = tmp_path / "w.safetensors"
     if lacks == "free name":
         page.write_text("precious")
     if lacks in ("matplotlib", "pywt"):
@@ -217,7 +219,11 @@ def test_a_page_that_cannot_be_made_is_refused_before_training(
     said = nrrn("train", trained / "raw.zarr", "--out", tmp_path / "w.safetensors", *WORDS, "--page", page)
     assert said.status == 2
     (line,) = said.err.splitlines()
-    expected = {"folder": "its folder is missing", "free name": "exists: choose another file"}
+    expected = {
+        "folder": "its folder is missing",
+        "free name": "exists: choose another file",
+        "own name": "where the weights",
+    }
     assert expected.get(lacks, "pip install nrrn-pipeline[evaluation]") in line
 
 
