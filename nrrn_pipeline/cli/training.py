@@ -13,6 +13,7 @@ from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.network import KINDS
 from nrrn_pipeline.training.fit import AUTO, LOSSES, PRECISIONS, TrainSettings
 from nrrn_pipeline.training.material import TrainingVolume
+from nrrn_pipeline.training.processes import this_process
 from nrrn_pipeline.training.train import CHOSEN
 from nrrn_pipeline.training.train import train as train_weights
 
@@ -95,6 +96,8 @@ def train(
 
     Its noise is looked at first, to choose the loss. The paper's is adjacent, which asks for the slices around. Of
     several volumes, --clean, --mask and --roi are given once for each, in the same order, or not at all.
+
+    Several GPUs share each batch: torchrun --nproc-per-node N -m nrrn_pipeline.cli train ...
     """
     beside = (_for_each(sources, name, given) for name, given in (("clean", clean), ("mask", mask), ("roi", roi)))
     volumes = [
@@ -109,6 +112,8 @@ def train(
             bar.update(task, completed=step, speed=f"loss {loss:.4f}")
 
         record = train_weights(volumes, weights, settings, trained)
+    if not this_process().is_first:
+        return
     said = network_text(settings.architecture)
     why = f", as {record[CHOSEN]}" if CHOSEN in record else ""
     out.print(f"{weights}: {said}, loss {record['settings']['loss']}{why}")

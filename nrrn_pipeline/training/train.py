@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 from collections.abc import Sequence
 from contextlib import closing
@@ -19,8 +21,9 @@ from nrrn_pipeline.places import absolute
 from nrrn_pipeline.shipped import located, read_weights
 from nrrn_pipeline.training.checkpoint import Checkpoint
 from nrrn_pipeline.training.course import LOOKED_AT, Course
-from nrrn_pipeline.training.fit import OnStep, Training, TrainSettings
+from nrrn_pipeline.training.fit import OnStep, Training, TrainSettings, refuse_sharing
 from nrrn_pipeline.training.material import Location, Material, TrainingVolume, settled
+from nrrn_pipeline.training.processes import Processes, together
 from nrrn_pipeline.training.triplets import Triplets, triplets
 
 STARTED = "SHA-256 of the weights it went on from"
@@ -53,35 +56,56 @@ def train(
 
     Raises InputError if the volumes or the settings do not allow it, or `weights` exists or cannot be written;
     DivergedError if training diverges; RunError if a checkpoint cannot be written.
+
+    Processes that torchrun starts share each batch, and train what one would, to rounding. The first alone writes, and
+    calls `on_step`; all return the record, once the weights are written. Raises LostError if one of them is gone.
     """
-    settings, start, known = _begun(settings or TrainSettings())
-    choose_device(settings.device)
+    settings = settings or TrainSettings()
+    with together(choose_device(settings.device)) as processes:
+        return _train(_volumes(source), weights, settings, on_step, processes)
+
+
+def _train(
+    volumes: Sequence[TrainingVolume],
+    weights: Location,
+    settings: TrainSettings,
+    on_step: OnStep | None,
+    processes: Processes,
+) -> dict[str, Any]:
+    """As train does."""
+    refuse_sharing(settings, processes)
+    settings, start, known = _begun(settings)
     storage.check_new_file(weights)
-    materials = [of.opened() for of in _volumes(source)]
+    materials = [of.opened() for of in volumes]
     settings, materials, why = settled(settings, materials)
     asked = {name: value for name, value in asdict(settings).items() if name not in ("device", "checkpoint_s")} | known
     for number, material in enumerate(materials, start=1):
         of = f" of volume {number}" if len(materials) > 1 else ""
         asked |= {f"{name}{of}": value for name, value in _told(material, with_curve=False).items()}
     checkpoint = Checkpoint(f"{absolute(weights)}.checkpoint", asked)
-    course = Course(Training(settings, start))
+    course = Course(Training(settings, start, processes))
     checkpoint.restore(course)  # before anything that takes long
-    crops = triplets(materials, settings)
+    _agree(course, asked)
+    crops = triplets(materials, settings, processes)
     course.held_out = crops.validation(LOOKED_AT)
     known |= {} if why is None else {CHOSEN: why}
+    known["processes"] = processes.number
     known["volumes"] = [_told(of) | {"held_out": crops.held_out_of(of)} for of in materials]
     try:
         _take_all(course, crops, checkpoint, on_step)
         network = course.finished()
     except DivergedError as error:
-        checkpoint.remove()  # it would lead here again
-        if not course.best:
-            raise
-        record = _record(course, crops, {**known, "stopped": str(error)})
-        raise DivergedError(f"{error}; {_keep_last_good(course, weights, record)}") from error
+        kept = ""
+        if processes.is_first:
+            checkpoint.remove()  # it would lead here again
+            record = _record(course, crops, {**known, "stopped": str(error)}) if course.best else {}
+            kept = f"; {_keep_last_good(course, weights, record)}" if course.best else ""
+        raise DivergedError(f"{error}{processes.told(kept, course.training.device)[0]}") from error
     record = _record(course, crops, known)
-    storage.write_file(absolute(weights), weights_bytes(network, record))
-    checkpoint.remove()
+    if processes.is_first:
+        storage.write_file(absolute(weights), weights_bytes(network, record))
+        checkpoint.remove()
+    processes.told("written", course.training.device)
     return record
 
 
@@ -91,6 +115,19 @@ def _volumes(source: Location | TrainingVolume | Sequence[Location | TrainingVol
     if not named:
         raise InputError("there is nothing to train on: name a volume")
     return [of if isinstance(of, TrainingVolume) else TrainingVolume(of) for of in named]
+
+
+def _agree(course: Course, asked: dict[str, Any]) -> None:
+    """All processes are here. Raises InputError if one sees other volumes, or another checkpoint, than the first."""
+    training = course.training
+    seen = hashlib.sha256(json.dumps([asked, course.losses], sort_keys=True).encode()).hexdigest()
+    every = training.processes.told(f"step {training.taken}, {seen}", training.device)
+    if len(set(every)) > 1:
+        steps = ", ".join(each.partition(",")[0] for each in every)
+        raise InputError(
+            f"the {len(every)} processes do not see the same ({steps} of the checkpoint): give all of them the same "
+            "command, and storage that all of them reach"
+        )
 
 
 def _told(material: Material, with_curve: bool = True) -> dict[str, Any]:
@@ -170,6 +207,8 @@ def _take_all(course: Course, crops: Triplets, checkpoint: Checkpoint, on_step: 
     with closing(crops.batches(training.taken)) as batches:
         while not course.is_over:
             course.take(next(batches))
+            if not training.processes.is_first:
+                continue
             if on_step is not None:
                 on_step(training.taken, course.losses[-1])
             if perf_counter() - written >= training.settings.checkpoint_s:
