@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nrrn_pipeline.options import Options
     from nrrn_pipeline.places import using_options
     from nrrn_pipeline.planning import Layout, Method
-    from nrrn_pipeline.training.fit import TrainSettings
+    from nrrn_pipeline.training.fit import TrainSettings, TrainWatch
     from nrrn_pipeline.training.material import TrainingVolume
     from nrrn_pipeline.training.train import train
     from nrrn_pipeline.training_page import write_training_page
@@ -40,6 +40,7 @@ __all__ = [
     "SlabsFailedError",
     "StorageError",
     "TrainSettings",
+    "TrainWatch",
     "TrainingVolume",
     "Yardstick",
     "add_noise",
@@ -72,7 +73,7 @@ _HOMES = {
     "options": ("Options",),
     "places": ("using_options",),
     "planning": ("Layout", "Method"),
-    "training.fit": ("TrainSettings",),
+    "training.fit": ("TrainSettings", "TrainWatch"),
     "training.material": ("TrainingVolume",),
     "training.train": ("train",),
     "training_page": ("write_training_page",),

@@ -37,6 +37,10 @@ class DivergedError(RunError):
     """Training's loss, or its weights, are no finite numbers any more."""
 
 
+class LostError(RunError):
+    """Another process of a training is gone, and has said why if it could."""
+
+
 class SlabsFailedError(RunError):
     """Some slabs failed on every attempt, all others are done; the message names each, one a line."""
 

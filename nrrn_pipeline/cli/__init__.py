@@ -13,7 +13,8 @@ from typing import NoReturn
 from nrrn_pipeline.cli.commands import app
 from nrrn_pipeline.cli.submit import submit_app
 from nrrn_pipeline.cli.terminal import err
-from nrrn_pipeline.errors import NrrnError
+from nrrn_pipeline.errors import LostError, NrrnError
+from nrrn_pipeline.training.processes import say_once
 
 __all__ = ["app", "main"]
 
@@ -30,12 +31,10 @@ def main() -> None:
     try:
         with _sigterm_like_ctrl_c():
             app()
-    except NrrnError as error:
-        err.print(f"nrrn: {error}")
-        sys.exit(error.exit_status)
-    except OSError as error:
-        err.print(f"nrrn: {error}")
-        sys.exit(1)
+    except (NrrnError, OSError) as error:
+        text = f"nrrn: {error}"
+        say_once(lambda: err.print(text), lost=isinstance(error, LostError))
+        sys.exit(error.exit_status if isinstance(error, NrrnError) else 1)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from nrrn_pipeline.errors import readable
 from nrrn_pipeline.network import Architecture
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.run import Progress as RunProgress
+from nrrn_pipeline.training.processes import say_once
 
 out, err = (Console(stderr=stderr, soft_wrap=True, markup=False, highlight=False) for stderr in (False, True))
 
@@ -63,7 +64,7 @@ def progress_bar(when_interrupted: str) -> Iterator[Progress]:
         yield bar
     except KeyboardInterrupt:
         stop()
-        err.print(f"nrrn: interrupted; {when_interrupted}")
+        say_once(lambda: err.print(f"nrrn: interrupted; {when_interrupted}"))
         raise
     finally:
         stop()

@@ -14,8 +14,9 @@ from nrrn_pipeline.errors import InputError, NrrnError, RunError
 from nrrn_pipeline.network import KINDS
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.report.scalars import Scalars
-from nrrn_pipeline.training.fit import AUTO, LOSSES, PRECISIONS, TrainSettings
+from nrrn_pipeline.training.fit import AUTO, LOSSES, PRECISIONS, TrainSettings, TrainWatch
 from nrrn_pipeline.training.material import TrainingVolume
+from nrrn_pipeline.training.processes import this_process
 from nrrn_pipeline.training.train import CHOSEN, TRIED
 from nrrn_pipeline.training.train import train as train_weights
 from nrrn_pipeline.training_page import check_page, write_training_page
@@ -108,6 +109,8 @@ def train(
 
     Its noise is looked at first, to choose the loss. The paper's is adjacent, which asks for the slices around. Of
     several volumes, --clean, --mask and --roi are given once for each, in the same order, or not at all.
+
+    Several GPUs share each batch: torchrun --nproc-per-node N -m nrrn_pipeline.cli train ...
     """
     beside = (_for_each(sources, name, given) for name, given in (("clean", clean), ("mask", mask), ("roi", roi)))
     volumes = [
@@ -119,6 +122,8 @@ def train(
             raise InputError(f"--page {page} is where the weights are to be: choose another file, such as {page}.html")
         check_page(page)
     record = _watched(volumes, weights, settings, tensorboard)
+    if not this_process().is_first:
+        return
     said = network_text(replace(settings, units=record["settings"]["units"]).architecture)
     if TRIED in record:
         said += f" (of {len(record[TRIED])} tried)"
@@ -186,7 +191,7 @@ def _watched(
             bar.start()
             bar.update(task, speed=f"tried: {counted(units, 'unit')}, held out {loss:.4f}")
 
-        return train_weights(volumes, weights, settings, stepped, looked, tried)
+        return train_weights(volumes, weights, settings, TrainWatch(stepped, looked, tried))
 
 
 def _parse_units(text: str | None) -> int | Literal["auto"] | None:

@@ -42,9 +42,13 @@ class Checkpoint:
                 "make room and run it again: it goes on from the checkpoint before, if there is one"
             ) from error
 
-    def check(self) -> None:
-        """Raises InputError if the file, where there is one, is of a training that asked for something else."""
-        self._kept()
+    def kept(self) -> str:
+        """What is there to go on with, in short: "step 40, " and a digest; "step 0" without a file.
+
+        Raises InputError if the file is of a training that asked for something else, or is damaged.
+        """
+        kept = self._kept()
+        return "step 0" if kept is None else f"step {kept[0]['taken']}, {kept[2]}"
 
     def restore(self, course: Course) -> None:
         """Put a course where the file is; without one it begins.
@@ -54,14 +58,14 @@ class Checkpoint:
         kept = self._kept()
         if kept is None:
             return
-        header, tensors = kept
+        header, tensors, _ = kept
         try:
             course.restore(int(header["taken"]), float(header["seconds"]), tensors)
         except DAMAGE as error:
             raise self._damaged(error) from error
 
-    def _kept(self) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """Header and tensors; None if there is no file."""
+    def _kept(self) -> tuple[dict[str, Any], dict[str, Tensor], str] | None:
+        """Header, tensors and the file's digest; None if there is no file."""
         data = storage.read_agreed(self.url, MAX_BYTES)
         if data is None:
             return None
@@ -76,7 +80,7 @@ class Checkpoint:
             raise InputError(
                 f"{self.url} is of another training: {changes}. Ask for the same, to go on with it, or delete it"
             )
-        return header, tensors
+        return header, tensors, storage.digest(data)
 
     def _damaged(self, error: Exception) -> InputError:
         return InputError(f"the checkpoint {self.url} is damaged ({error}): delete it, to begin anew")

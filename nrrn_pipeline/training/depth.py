@@ -6,7 +6,7 @@ Source: Giannios et al., Fig. 5C: the first one to three do most, and heavy nois
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import DivergedError, InputError
-from nrrn_pipeline.training.fit import Training, TrainSettings
+from nrrn_pipeline.training.fit import NOBODY, OnStep, Training, TrainSettings
+from nrrn_pipeline.training.processes import ALONE, Processes
 from nrrn_pipeline.training.triplets import Triplets
 
 MOST = 5  # units
@@ -25,7 +26,6 @@ HELD_OUT_BATCHES = 16  # that a trial is judged by
 SURE = 2.0  # standard errors by which one more unit must lower the loss
 
 Losses = list[float]  # of each batch held out
-OnTrial = Callable[[int, float], None]  # is told units and mean loss of each trial
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Trials:
     url: str
     asked: dict[str, Any]
 
-    def run(self, crops: Triplets, on_trial: OnTrial | None = None) -> list[Losses]:
+    def run(self, crops: Triplets, processes: Processes = ALONE, on_trial: OnStep = NOBODY.trial) -> list[Losses]:
         """The losses of 1, 2, ... units, up to the first that were no better than one less, or MOST.
 
         Raises InputError if no slices are held out, DivergedError if not even one unit can be trained.
@@ -49,26 +49,30 @@ class Trials:
                 "units auto is not possible here: it is slices held out that tell how many are worth it, and none are "
                 "(they are too few, or --hold-out is 0): name the --units"
             )
-        tried = self._read()
+        tried = self.tried()
         while len(tried) < MOST and len(tried) - chosen(tried) < 1:
             units = len(tried) + 1
             try:
-                tried.append(_losses(replace(crops.settings, units=units), crops, held_out))
+                tried.append(_losses(replace(crops.settings, units=units), crops, held_out, processes))
             except DivergedError:
                 if not tried:
                     raise
                 break
-            storage.write_document(self.url, {"asked": json.dumps(self.asked), "tried": tried})
-            if on_trial is not None:
-                on_trial(units, float(np.mean(tried[-1])))
+            if processes.is_first:
+                storage.write_document(self.url, {"asked": json.dumps(self.asked), "tried": tried})
+            on_trial(units, float(np.mean(tried[-1])))
         return tried
 
     def remove(self) -> None:
         """They are of no use any more."""
         storage.remove_file(self.url)
 
-    def _read(self) -> list[Losses]:
-        document = storage.read_document(self.url)
+    def tried(self) -> list[Losses]:
+        """What is kept of these trials. Raises InputError if it is damaged."""
+        try:
+            document = storage.read_document(self.url)
+        except ValueError as error:
+            raise InputError(f"{error}: delete it, to try anew how many units are worth it") from error
         return document["tried"] if document and document.get("asked") == json.dumps(self.asked) else []
 
 
@@ -84,9 +88,9 @@ def chosen(tried: Sequence[Losses]) -> int:
     return len(tried)
 
 
-def _losses(settings: TrainSettings, crops: Triplets, held_out: Sequence[Tensor]) -> Losses:
+def _losses(settings: TrainSettings, crops: Triplets, held_out: Sequence[Tensor], processes: Processes) -> Losses:
     """Of a network of settings.units after a part of the steps, along a learning rate of its own."""
-    training = Training(replace(settings, steps=-(-settings.steps // SHARE)))
+    training = Training(replace(settings, steps=-(-settings.steps // SHARE)), processes=processes)
     with closing(crops.batches()) as batches:
         while training.taken < training.settings.steps:
             training.take(next(batches))

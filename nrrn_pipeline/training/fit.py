@@ -19,6 +19,7 @@ from nrrn_pipeline.errors import DivergedError, InputError
 from nrrn_pipeline.network import KINDS, Architecture, DenoisingNetwork, choose_device, default_inputs
 from nrrn_pipeline.training.blind_spot import with_blind_spots
 from nrrn_pipeline.training.loss import adjacent_slices_loss, blind_spot_loss, clean_loss
+from nrrn_pipeline.training.processes import ALONE, Processes
 
 GRADIENT = 1.0  # the longest that is taken as it is: a rare batch must not undo what many did
 WARM_UP = 20  # steps in which the learning rate rises, before it falls along a cosine
@@ -30,6 +31,26 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of each weight
 
 OnStep = Callable[[int, float], None]  # is told a step, the first being 1, and a loss
 Randoms = Iterable[torch.Generator]  # one for each crop
+
+
+def _ignore(_: int, __: float) -> None:
+    """Nobody is told."""
+
+
+@dataclass(frozen=True)
+class TrainWatch:
+    """Who is told how training goes.
+
+    step: of each step, the first being 1, and its loss. look: of a step after which slices that are held out were
+    looked at, and the loss there. trial: of a number of units that was tried, and the loss there.
+    """
+
+    step: OnStep = _ignore
+    look: OnStep = _ignore
+    trial: OnStep = _ignore
+
+
+NOBODY = TrainWatch()
 
 
 @dataclass(frozen=True)
@@ -130,16 +151,25 @@ class TrainSettings:
 
 
 class Training:
-    """A network in training. A step depends on the settings, its batch and its number alone: so one can go on later."""
+    """A network in training. A step depends on the settings, its batch and its number alone: so one can go on later.
 
-    def __init__(self, settings: TrainSettings, start: DenoisingNetwork | None = None) -> None:
+    Of several processes each has the same network, and is given its share of every batch: the losses, the gradients
+    and so the weights are those of one process with whole batches, but for rounding.
+    """
+
+    def __init__(
+        self, settings: TrainSettings, start: DenoisingNetwork | None = None, processes: Processes = ALONE
+    ) -> None:
         """From the weights of `start`, a network of the same architecture, or from random ones.
 
-        Raises InputError if the device is not there, ValueError for loss auto, which knows no batches.
+        Raises InputError if the device is not there, or as refuse_sharing does; ValueError for loss auto, which knows
+        no batches.
         """
         if settings.loss == AUTO:
             raise ValueError("loss auto is for train(), which sees the volume: name one")
-        self.settings, self.taken, self.device = settings, 0, choose_device(settings.device)
+        refuse_sharing(settings, processes)
+        self.settings, self.taken, self.processes = settings, 0, processes
+        self.device = processes.own(choose_device(settings.device))
         torch.manual_seed(settings.seed)
         self.network = settings.architecture.build().to(self.device)
         if start is not None:
@@ -152,8 +182,8 @@ class Training:
 
         Batches are (n, 3, y, x); for loss clean (n, 4, y, x): the triplet, then the clean centre slice, normalised as
         the noisy one is; for recorrupted the centre slice is one recorruption, and last comes the other. Raises
-        InputError for crops that are too small, DivergedError if the loss is no finite number any more: the weights are
-        those after the step before, then.
+        InputError for crops that are too small, DivergedError if the loss is no finite number any more, in any process:
+        the weights are those after the step before, then; LostError if another process is gone.
         """
         pixels = math.prod(-(-length // self.network.architecture.grid) for length in batch.shape[2:])
         if len(batch) * pixels < 2:
@@ -164,12 +194,14 @@ class Training:
         for group in self.optimiser.param_groups:
             group["lr"] = self.settings.rate_of(self.taken + 1)
         loss = self._loss(batch, LEARNT, self.taken)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        loss = loss.detach()
+        self.processes.average([loss, *(of.grad for of in self.network.parameters() if of.grad is not None)])
         if not torch.isfinite(loss):
             raise DivergedError(
                 f"training failed at step {self.taken + 1}: the loss is {loss.item()}; use a lower --learning-rate"
             )
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT)
         self.optimiser.step()
         self.taken += 1
@@ -179,12 +211,14 @@ class Training:
     def measure(self, batches: Sequence[Tensor]) -> float:
         """Mean loss on batches that it does not learn from; what is drawn at random is so alike each time.
 
-        Raises DivergedError if it is no finite number.
+        Raises DivergedError if it is no finite number, in any process; LostError if another process is gone.
         """
         self.network.eval()
         losses = [self._loss(batch, HELD_OUT, number) for number, batch in enumerate(batches)]
         self.network.train()
-        loss = float(torch.stack(losses).mean())
+        mean = torch.stack(losses).mean()
+        self.processes.average([mean])
+        loss = float(mean)
         if not math.isfinite(loss):
             raise DivergedError(
                 f"training failed at step {self.taken}: the loss on slices held out is {loss}; use a lower "
@@ -193,8 +227,9 @@ class Training:
         return loss
 
     def _loss(self, batch: Tensor, *key: int) -> Tensor:
-        """The settings' loss on a batch; differentiable. key: of the batch's random numbers."""
-        randoms = (_random(self.settings.seed, *key, crop) for crop in range(len(batch)))
+        """The settings' loss on a batch, or a share; differentiable. key: of the batch's random numbers."""
+        first = self.processes.rank * len(batch)
+        randoms = (_random(self.settings.seed, *key, crop) for crop in range(first, first + len(batch)))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             return LOSSES[self.settings.loss](self.network, batch.to(self.device), randoms)
 
@@ -219,6 +254,16 @@ class Training:
         if not all(torch.isfinite(tensor).all() for tensor in self.network.state_dict().values()):
             raise DivergedError("training failed at its last step: weights are not finite; use a lower --learning-rate")
         return self.network.eval().requires_grad_(False)
+
+
+def refuse_sharing(settings: TrainSettings, processes: Processes) -> None:
+    """Raises InputError if several processes cannot train as one: by unequal shares, or normalising each its own."""
+    processes.share(settings.batch)
+    if processes.number > 1 and settings.network == "unet":
+        raise InputError(
+            f"network unet is not possible in {processes.number} processes, as its batch normalisation would see a "
+            "share of each batch: train it in one, or another network"
+        )
 
 
 def fit(batches: Iterator[Tensor], settings: TrainSettings, on_step: OnStep) -> DenoisingNetwork:

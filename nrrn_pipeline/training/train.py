@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Sequence
 from contextlib import closing
@@ -11,6 +12,7 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import torch
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import DivergedError, InputError
@@ -19,9 +21,10 @@ from nrrn_pipeline.places import absolute
 from nrrn_pipeline.shipped import located, read_weights
 from nrrn_pipeline.training.checkpoint import Checkpoint
 from nrrn_pipeline.training.course import LOOKED_AT, Course
-from nrrn_pipeline.training.depth import OnTrial, Trials, chosen
-from nrrn_pipeline.training.fit import AUTO, OnStep, Training, TrainSettings
+from nrrn_pipeline.training.depth import Trials, chosen
+from nrrn_pipeline.training.fit import AUTO, NOBODY, Training, TrainSettings, TrainWatch, refuse_sharing
 from nrrn_pipeline.training.material import Location, Material, TrainingVolume, settled
+from nrrn_pipeline.training.processes import Processes, together
 from nrrn_pipeline.training.triplets import Triplets, triplets
 
 STARTED = "SHA-256 of the weights it went on from"
@@ -40,17 +43,12 @@ def train(
     source: Location | TrainingVolume | Sequence[Location | TrainingVolume],
     weights: Location,
     settings: TrainSettings | None = None,
-    on_step: OnStep | None = None,
-    on_look: OnStep | None = None,
-    on_trial: OnTrial | None = None,
+    watch: TrainWatch = NOBODY,
 ) -> dict[str, Any]:
     """Train a network on a noisy volume, or several, and write it to `weights`; returns its record.
 
     Beside it a checkpoint is kept meanwhile: called again after any interruption, training goes on there. Its weights
     are those of one that was never interrupted, on a CPU with as many threads; on a GPU the last bits may differ.
-
-    on_step is told each step and its loss; on_look, after that, each step at which slices that are held out were looked
-    at, and the loss there; on_trial each number of units that is tried, and the loss there.
 
     Clean volumes are for the loss "clean" alone. The loss "auto" is "clean" if there are any, else it depends on the
     noise; the record says what was chosen, and why.
@@ -62,50 +60,62 @@ def train(
 
     Raises InputError if the volumes or the settings do not allow it, or `weights` exists or cannot be written;
     DivergedError if training diverges; RunError if a checkpoint cannot be written.
+
+    Processes that torchrun starts share each batch, and train what one would, to rounding. The first alone writes, and
+    tells `watch`; all return the record, once the weights are written. Raises LostError if one of them is gone.
     """
-    settings, start, known = _begun(settings or TrainSettings())
-    choose_device(settings.device)
+    settings = settings or TrainSettings()
+    with together(choose_device(settings.device)) as processes:
+        return _train(_volumes(source), weights, settings, watch if processes.is_first else NOBODY, processes)
+
+
+def _train(
+    volumes: Sequence[TrainingVolume],
+    weights: Location,
+    settings: TrainSettings,
+    watch: TrainWatch,
+    processes: Processes,
+) -> dict[str, Any]:
+    """As train does."""
+    refuse_sharing(settings, processes)
+    settings, start, known = _begun(settings)
     storage.check_new_file(weights)
-    materials = [of.opened() for of in _volumes(source)]
+    materials = [of.opened() for of in volumes]
     settings, materials, why = settled(settings, materials)
-    asked = {name: value for name, value in asdict(settings).items() if name not in ("device", "checkpoint_s")} | known
-    for number, material in enumerate(materials, start=1):
-        of = f" of volume {number}" if len(materials) > 1 else ""
-        asked |= {f"{name}{of}": value for name, value in _told(material, with_curve=False).items()}
+    asked = _asked(settings, materials) | known
     checkpoint = Checkpoint(f"{absolute(weights)}.checkpoint", asked)
-    checkpoint.check()  # before anything that takes long
     trials = Trials(f"{absolute(weights)}.trials", asked)
-    crops, tried = _deep_enough(triplets(materials, settings), trials, on_trial)
-    known |= tried
-    course = Course(Training(crops.settings, start))
+    device = processes.own(choose_device(settings.device))
+    _agree(processes, device, checkpoint.kept(), [asked, trials.tried()])  # before anything that takes long
+    crops = triplets(materials, settings, processes)
+    if settings.units == AUTO:
+        tried = trials.run(crops, processes, watch.trial)
+        crops = replace(crops, settings=replace(settings, units=chosen(tried)))
+        known[TRIED] = [float(np.mean(losses)) for losses in tried]
+    course = Course(Training(crops.settings, start, processes))
     checkpoint.restore(course)
     course.held_out = crops.validation(LOOKED_AT)
     known |= {} if why is None else {CHOSEN: why}
+    known["processes"] = processes.number
     known["volumes"] = [_told(of) | {"held_out": crops.held_out_of(of)} for of in materials]
     try:
-        _take_all(course, crops, checkpoint, on_step, on_look)
+        _take_all(course, crops, checkpoint, watch)
         network = course.finished()
     except DivergedError as error:
-        checkpoint.remove()  # it would lead here again
-        trials.remove()
-        if not course.best:
-            raise
-        record = _record(course, crops, {**known, "stopped": str(error)})
-        raise DivergedError(f"{error}; {_keep_last_good(course, weights, record)}") from error
+        kept = ""
+        if processes.is_first:
+            checkpoint.remove()  # it would lead here again
+            trials.remove()
+            record = _record(course, crops, {**known, "stopped": str(error)}) if course.best else {}
+            kept = f"; {_keep_last_good(course, weights, record)}" if course.best else ""
+        raise DivergedError(f"{error}{processes.told(kept, device)[0]}") from error
     record = _record(course, crops, known)
-    storage.write_file(absolute(weights), weights_bytes(network, record))
-    checkpoint.remove()
-    trials.remove()
+    if processes.is_first:
+        storage.write_file(absolute(weights), weights_bytes(network, record))
+        checkpoint.remove()
+        trials.remove()
+    processes.told("written", device)
     return record
-
-
-def _deep_enough(crops: Triplets, trials: Trials, on_trial: OnTrial | None) -> tuple[Triplets, dict[str, Any]]:
-    """The crops with units in their settings, if these are to be chosen; what the record says of that."""
-    if crops.settings.units != AUTO:
-        return crops, {}
-    tried = trials.run(crops, on_trial)
-    known = {TRIED: [float(np.mean(losses)) for losses in tried]}
-    return replace(crops, settings=replace(crops.settings, units=chosen(tried))), known
 
 
 def _volumes(source: Location | TrainingVolume | Sequence[Location | TrainingVolume]) -> list[TrainingVolume]:
@@ -114,6 +124,26 @@ def _volumes(source: Location | TrainingVolume | Sequence[Location | TrainingVol
     if not named:
         raise InputError("there is nothing to train on: name a volume")
     return [of if isinstance(of, TrainingVolume) else TrainingVolume(of) for of in named]
+
+
+def _asked(settings: TrainSettings, materials: Sequence[Material]) -> dict[str, Any]:
+    """What a checkpoint must be of, to go on with it."""
+    asked = {name: value for name, value in asdict(settings).items() if name not in ("device", "checkpoint_s")}
+    for number, material in enumerate(materials, start=1):
+        of = f" of volume {number}" if len(materials) > 1 else ""
+        asked |= {f"{name}{of}": value for name, value in _told(material, with_curve=False).items()}
+    return asked
+
+
+def _agree(processes: Processes, device: torch.device, kept: str, seen: Any) -> None:
+    """All processes are here. Raises InputError if one sees other volumes, or another checkpoint, than the first."""
+    every = processes.told(f"{kept}, {storage.digest(json.dumps(seen, sort_keys=True).encode())}", device)
+    if len(set(every)) > 1:
+        steps = ", ".join(each.partition(",")[0] for each in every)
+        raise InputError(
+            f"the {len(every)} processes do not see the same ({steps} of the checkpoint): give all of them the same "
+            "command, and storage that all of them reach"
+        )
 
 
 def _told(material: Material, with_curve: bool = True) -> dict[str, Any]:
@@ -187,18 +217,15 @@ def _keep_last_good(course: Course, weights: Location, record: dict[str, Any]) -
     return f"its best weights until then are in {url}"
 
 
-def _take_all(
-    course: Course, crops: Triplets, checkpoint: Checkpoint, on_step: OnStep | None, on_look: OnStep | None
-) -> None:
+def _take_all(course: Course, crops: Triplets, checkpoint: Checkpoint, watch: TrainWatch) -> None:
     """All steps that are left, with a checkpoint now and then."""
     training, written = course.training, perf_counter()
     with closing(crops.batches(training.taken)) as batches:
         while not course.is_over:
             course.take(next(batches))
-            if on_step is not None:
-                on_step(training.taken, course.losses[-1])
-            if on_look is not None and course.looks and course.looks[-1][0] == training.taken:
-                on_look(*course.looks[-1])
-            if perf_counter() - written >= training.settings.checkpoint_s:
+            watch.step(training.taken, course.losses[-1])
+            if course.looks and course.looks[-1][0] == training.taken:
+                watch.look(*course.looks[-1])
+            if training.processes.is_first and perf_counter() - written >= training.settings.checkpoint_s:
                 checkpoint.write(course)
                 written = perf_counter()

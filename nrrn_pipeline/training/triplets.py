@@ -22,6 +22,7 @@ from nrrn_pipeline.training.ahead import made_ahead
 from nrrn_pipeline.training.fit import HELD_OUT, LEARNT, TrainSettings
 from nrrn_pipeline.training.masks import BLOCK, Blocks
 from nrrn_pipeline.training.material import Material
+from nrrn_pipeline.training.processes import ALONE, Processes
 from nrrn_pipeline.training.recorruption import recorrupted
 from nrrn_pipeline.volume import Volume, read_box
 
@@ -70,7 +71,8 @@ class Triplets:
     """Crops at random places, randomly flipped, each slice z-scored as a whole; float32.
 
     crop: voxels along y, x. learnt: the triplets that batches come from; held_out: others, which share no slice with
-    these; threads: as many batches are made ahead. Batches are (n, 3, y, x). For loss clean, (n, 4, y, x): last the
+    these; share: the crops of each batch that are made here; threads: as many batches are made ahead. Batches are
+    (n, 3, y, x). For loss clean, (n, 4, y, x): last the
     clean centre slice, by the noisy one's mean and standard deviation. For loss recorrupted, (n, 4, y, x): the centre
     slice is recorrupted, and last is what is asked for.
     """
@@ -79,6 +81,7 @@ class Triplets:
     crop: tuple[int, int]
     learnt: tuple[Place, ...]
     held_out: tuple[Place, ...]
+    share: range
     threads: int = 1
 
     def batches(self, first: int = 0) -> Generator[Tensor, None, None]:
@@ -97,8 +100,8 @@ class Triplets:
         return sorted(place.z for place in self.held_out if place.material is material)
 
     def _batch(self, places: tuple[Place, ...], *key: int) -> Tensor:
-        """One batch; each crop's random numbers are its own, whatever else was drawn."""
-        randoms = (np.random.default_rng((self.settings.seed, *key, crop)) for crop in range(self.settings.batch))
+        """Of one batch what is made here; each crop's random numbers are its own, whatever else was drawn."""
+        randoms = (np.random.default_rng((self.settings.seed, *key, crop)) for crop in self.share)
         return torch.from_numpy(np.stack([self._crop(places, random) for random in randoms]))
 
     def _crop(self, places: tuple[Place, ...], random: np.random.Generator) -> NDArray[np.float32]:
@@ -120,14 +123,15 @@ class Triplets:
         return np.flip(np.stack(crop), flips).astype(np.float32)
 
 
-def triplets(materials: Sequence[Material], settings: TrainSettings) -> Triplets:
+def triplets(materials: Sequence[Material], settings: TrainSettings, processes: Processes = ALONE) -> Triplets:
     """What to train on: all triplets of all materials, drawn alike often; of each volume a share is held out.
 
     Blank slices and those left out are in none. Crops are no larger than the smallest part. Materials and loss are
     those of material.settled.
 
     Raises InputError if a volume has no three consecutive slices with images, or with something of the mask in the
-    middle one; or a voxel is not a finite number; ValueError if one lacks what the loss needs.
+    middle one; or a voxel is not a finite number, or the processes cannot share a batch; ValueError if one lacks what
+    the loss needs.
     """
     needed = {"clean": "clean", "recorrupted": "noise"}.get(settings.loss)
     if needed and any(getattr(material, needed) is None for material in materials):
@@ -143,7 +147,8 @@ def triplets(materials: Sequence[Material], settings: TrainSettings) -> Triplets
         held_out += held
     height, width = (min(settings.crop, *(len(material.part.spans[axis]) for material in materials)) for axis in (1, 2))
     threads = AHEAD_OF_GPU if choose_device(settings.device).type == "cuda" else 1
-    return Triplets(settings, (height, width), tuple(learnt), tuple(held_out), threads)
+    share = processes.share(settings.batch)
+    return Triplets(settings, (height, width), tuple(learnt), tuple(held_out), share, threads)
 
 
 def _bytes_of(material: Material) -> int:

@@ -23,7 +23,7 @@ KILLS = int(os.environ.get("NRRN_KILLS", "3"))
 STEPS = 150
 TRAIN = f"""
 import sys
-from nrrn_pipeline import TrainSettings, train
+from nrrn_pipeline import TrainSettings, TrainWatch, train
 from nrrn_pipeline.report.scalars import Scalars
 settings = TrainSettings(units=1, channels=4, steps={STEPS}, batch=2, crop=32, device="cpu", checkpoint_s=0)
 scalars = Scalars(sys.argv[2] + ".board", settings)
@@ -32,7 +32,7 @@ def told(step, loss):
     scalars.step(step, loss)
     print(step, flush=True)
 
-train(sys.argv[1], sys.argv[2], settings, told, scalars.look)
+train(sys.argv[1], sys.argv[2], settings, TrainWatch(told, scalars.look))
 """
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from nrrn_pipeline import InputError, RunError, TrainSettings, storage, train
+from nrrn_pipeline import InputError, RunError, TrainSettings, TrainWatch, storage, train
 from nrrn_pipeline.geometry import box_of
 from nrrn_pipeline.network import load_weights
 from nrrn_pipeline.noise import Noise
@@ -47,7 +47,7 @@ def until(last: int) -> Callable[[int, float], None]:
 def begin(source: Path, weights: Path, settings: TrainSettings, last: int = 4) -> Path:
     """The checkpoint of a training that was interrupted after step `last`."""
     with pytest.raises(KeyboardInterrupt):
-        train(source, weights, settings, on_step=until(last))
+        train(source, weights, settings, watch=TrainWatch(until(last)))
     assert not weights.exists()
     return weights.with_name(f"{weights.name}.checkpoint")
 
@@ -77,7 +77,7 @@ def test_resumed_training_is_uninterrupted_training(source: Path, tmp_path: Path
     resumed, steps = tmp_path / "resumed.safetensors", []
     checkpoint = begin(source, resumed, settings)
     begin(source, resumed, settings, last=5)
-    again = train(source, resumed, settings, on_step=lambda step, _: steps.append(step))
+    again = train(source, resumed, settings, watch=TrainWatch(lambda step, _: steps.append(step)))
     assert steps == [5, 6]  # a checkpoint is written once its step has been told
     assert same(tmp_path / "whole.safetensors", resumed)
     assert again["mean_loss_of_last_tenth"] == whole["mean_loss_of_last_tenth"]
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_more_volumes_is_refused(source: Path, tmp_path: Path) -
     other = bare_zarr(tmp_path / "other.zarr", image_like((6, 64, 64)))
     weights = tmp_path / "w.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        train([source, other], weights, TINY, on_step=until(4))
+        train([source, other], weights, TINY, watch=TrainWatch(until(4)))
     with pytest.raises(InputError, match=r"source of volume 1 was .*source\.zarr, now None"):
         train([source], weights, TINY)
 
@@ -180,6 +180,6 @@ def test_a_full_disk_ends_training_and_leaves_the_checkpoint_before(
             train(source, weights, TINY)
     train(source, tmp_path / "whole.safetensors", TINY)
     steps: list[int] = []
-    train(source, weights, TINY, on_step=lambda step, _: steps.append(step))
+    train(source, weights, TINY, watch=TrainWatch(lambda step, _: steps.append(step)))
     assert steps == [3, 4, 5, 6]
     assert same(weights, tmp_path / "whole.safetensors")

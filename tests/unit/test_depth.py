@@ -94,7 +94,7 @@ def test_trials_that_were_killed_go_on_with_the_next(
     trials, seen = Trials(str(tmp_path / "w.trials"), {"seed": 0}), []
     told(monkeypatch, 5.0, 4.0)
     with pytest.raises(StopIteration):  # at the third
-        trials.run(crops, lambda units, loss: seen.append((units, round(loss, 1))))
+        trials.run(crops, on_trial=lambda units, loss: seen.append((units, round(loss, 1))))
     assert seen == [(1, 5.0), (2, 4.0)]
     asked = told(monkeypatch, 4.0)
     assert chosen(trials.run(crops)) == 2

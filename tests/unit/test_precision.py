@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nrrn_pipeline import InputError, TrainSettings, train
+from nrrn_pipeline import InputError, TrainSettings, TrainWatch, train
 from nrrn_pipeline.network import DenoisingNetwork, load_weights, read_header
 from nrrn_pipeline.training.fit import Training, fit
 from tests.support import bare_zarr, image_like
@@ -98,6 +98,6 @@ def test_the_record_says_the_precision_and_a_checkpoint_is_of_one(tmp_path: Path
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(source, tmp_path / "w.safetensors", settings, on_step=interrupt)
+        train(source, tmp_path / "w.safetensors", settings, watch=TrainWatch(interrupt))
     with pytest.raises(InputError, match="precision was bfloat16, now float32"):
         train(source, tmp_path / "w.safetensors", replace(settings, precision="auto"))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nrrn_pipeline import InputError, RunError, TrainSettings, train
+from nrrn_pipeline import InputError, RunError, TrainSettings, TrainWatch, train
 from nrrn_pipeline.geometry import box_of
 from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.report.scalars import HELD_OUT, LEARNT, RATE, Scalars
@@ -43,7 +43,7 @@ def told_of(record: dict[str, Any]) -> dict[str, dict[int, float]]:
 def test_tensorboard_shows_the_losses_of_the_record(source: Path, tmp_path: Path) -> None:
     scalars = Scalars(str(tmp_path / "new/board"), TINY)
     assert not (tmp_path / "new").exists()  # nothing before the first step
-    record = train(source, tmp_path / "w.safetensors", TINY, scalars.step, scalars.look)
+    record = train(source, tmp_path / "w.safetensors", TINY, TrainWatch(scalars.step, scalars.look))
     assert len(record["validation"]["step_and_loss"]) == 8
     assert shown(tmp_path / "new/board") == told_of(record)
 
@@ -62,12 +62,12 @@ def test_an_interrupted_training_goes_on_with_the_same_steps(source: Path, tmp_p
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            train(source, tmp_path / "w.safetensors", TINY, scalars.step, look)
+            train(source, tmp_path / "w.safetensors", TINY, TrainWatch(scalars.step, look))
 
     for last in (3, 5):
         until(last)
     scalars = Scalars(str(board), TINY)
-    record = train(source, tmp_path / "w.safetensors", TINY, scalars.step, scalars.look)
+    record = train(source, tmp_path / "w.safetensors", TINY, TrainWatch(scalars.step, scalars.look))
     first, second, third = (events(file) for file in sorted(board.iterdir()))
     assert [found[-1].step for found in (first, second, third)] == [3, 5, 8]
     assert [found[1].step for found in (first, second, third)] == [1, 3, 5]

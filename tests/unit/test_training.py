@@ -20,7 +20,7 @@ from nrrn_pipeline.geometry import Box, box_of
 from nrrn_pipeline.network import NRRN, DenoisingNetwork, load_weights, read_header, weights_bytes
 from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.training import triplets as streaming
-from nrrn_pipeline.training.fit import TrainSettings, fit
+from nrrn_pipeline.training.fit import TrainSettings, TrainWatch, fit
 from nrrn_pipeline.training.loss import adjacent_slices_loss, clean_loss
 from nrrn_pipeline.volume import Volume, open_volume
 from tests.crops import crops_of
@@ -292,7 +292,7 @@ def source(tmp_path: Path) -> Path:
 def test_train_writes_the_weights_and_their_record(source: Path, tmp_path: Path) -> None:
     losses: list[float] = []
     target = tmp_path / "a.safetensors"
-    record = train(source, target, TINY, on_step=lambda step, loss: losses.append(loss))
+    record = train(source, target, TINY, watch=TrainWatch(lambda step, loss: losses.append(loss)))
     assert read_header(target)["training"] == json.loads(json.dumps(record))
     (volume,) = record["volumes"]
     assert (volume["source"], volume["shape"], volume["dtype"]) == (str(source.resolve()), [6, 16, 16], "uint8")

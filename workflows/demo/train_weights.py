@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from sample import add_noise, write_ome_zarr
 
-from nrrn_pipeline import TrainSettings, train
+from nrrn_pipeline import TrainSettings, TrainWatch, train
 from nrrn_pipeline.network import load_weights, save_weights
 
 SOURCE = "FlyEM FIB-25, training sample 1 (CC BY), slices 0-195, Gaussian noise of sigma 30 grey levels added, seed 25"
@@ -27,9 +27,8 @@ def main(source: str, weights: str) -> None:
     with TemporaryDirectory() as folder:
         volume = Path(folder) / "fib25_z0-195_sigma30_seed25.ome.zarr"
         write_ome_zarr(volume, noisy)
-        record = train(
-            volume, weights, SETTINGS, on_step=lambda step, loss: step % 100 or print(f"step {step}: loss {loss:.4f}")
-        )
+        told = TrainWatch(step=lambda step, loss: step % 100 or print(f"step {step}: loss {loss:.4f}"))
+        record = train(volume, weights, SETTINGS, told)
     save_weights(load_weights(weights), weights, record | {"source": SOURCE, "note": NOTE})
 
 
