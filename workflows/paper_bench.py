@@ -77,7 +77,7 @@ SCALES = {
     "test": Scale(
         *((1, 4), (3, 4), (1, 4), (1, 2), replace(FAST, **TINY), replace(OWN, **TINY), (3, 48, 48)),
         filters="mean,nlm-avg",
-        strengths=("gaussian 25", "poisson 8"),
+        strengths=("gaussian 25", "poisson 30"),
         wide=96,
         tuned=(1, 2),
         anew=(1, 2),
