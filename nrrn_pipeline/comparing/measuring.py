@@ -13,6 +13,7 @@ from nrrn_pipeline.api import RunWatch, Summary, carry_out, open_runner
 from nrrn_pipeline.comparing.methods import Candidate
 from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.evaluation.edges import Edges, find_edges, width_of
 from nrrn_pipeline.evaluation.metrics import PatchLikeness, patch_likeness, psnr, refuse_unlike, ssim
 from nrrn_pipeline.evaluation.signal import Line, has_edge, interquartile_range, region, rise_distance
 from nrrn_pipeline.evaluation.without_reference import (
@@ -106,7 +107,8 @@ def compare(
     if yardstick.flat is not None:
         refuse_outside(yardstick.flat, box, "flat")
     middle = _middle(box.shape)
-    compared = [_against(Compared(INPUT, {}, noisy[middle]), noisy, clean, yardstick, box)]
+    edges = find_edges(noisy)
+    compared = [_against(_sharp(Compared(INPUT, {}, noisy[middle]), noisy, edges), noisy, clean, yardstick, box)]
     plans = [_planned(source, folder, candidate, options) for candidate in methods]  # before any of them runs
     with open_runner(plans, options) as (runner, where):
         for candidate, plan in zip(methods, plans, strict=True):
@@ -114,7 +116,8 @@ def compare(
             summary = carry_out(plan, options, runner, watch)
             denoised = read_box(plan.target, plan.target.box)
             found = _removed(Compared(candidate.name, _cost(summary), denoised[middle]), noisy, denoised, plan)
-            compared.append(_against(_trained(found, candidate), denoised, clean, yardstick, box))
+            found = _sharp(_trained(found, candidate), denoised, edges)
+            compared.append(_against(found, denoised, clean, yardstick, box))
     return Comparison(opened, box, tuple(compared), None if clean is None else clean[middle])
 
 
@@ -176,6 +179,14 @@ def _against(
         measures["edge_rise"] = rise_distance(profile) if has_edge(profile) else None
         found = replace(found, profile=profile)
     return replace(found, measures=measures | found.measures)
+
+
+def _sharp(found: Compared, voxels: NDArray[Any], edges: Edges) -> Compared:
+    """The same with the width of the source's edges in its voxels."""
+    width = width_of(edges.profiles(voxels))
+    voxels_wide, error = (None, None) if width is None else (width.voxels, width.error)
+    measures = {"edge_width": voxels_wide, "edge_width_error": error}
+    return replace(found, measures=found.measures | measures)
 
 
 def _removed(found: Compared, noisy: NDArray[Any], denoised: NDArray[Any], plan: DenoisePlan) -> Compared:

@@ -20,6 +20,7 @@ COLUMNS = {
     "ssim": Column("SSIM", "", "higher", 3),
     "flat_iqr": Column("flat IQR", "levels", "lower", 1),
     "edge_rise": Column("edge", "voxels", "lower"),
+    "edge_width": Column("edges", "voxels", "lower"),
     "noise_sigma": Column("noise", "levels", "lower"),
     "residual_whiteness": Column("whiteness", "", "lower", 3),
     "residual_neighbour_correlation": Column("neighbours", "", None, 3),
@@ -44,6 +45,10 @@ NOTES = (
     ABOUT_REMOVED,
     "Flat IQR: the interquartile range where the signal should be flat. Edge: over how many voxels an edge rises from "
     "10 to 90 %; none where noise drowns it.",
+    "Edges: over how many voxels the mean profile across many edges rises, which are found in the input, each on other "
+    "slices than the one that it is measured in, and are the same for all methods. To be compared with the input's and "
+    "with that of mean: more means that a method blurs. None where there are too few edges; results.json has the "
+    "standard error.",
     "Step: the largest change of a slice's mean brightness to the next, in grey levels.",
     "Seams: changes across the borders of tiles and slabs, against all others: near 1, but for what the image itself "
     "has there.",

@@ -131,6 +131,21 @@ def test_flat_signal_and_edges_are_measured_where_they_are_said_to_be(nrrn: Nrrn
         assert message in nrrn(*words, *wrong).err
 
 
+def test_that_edges_are_kept_is_seen_without_a_clean_volume_or_a_line(nrrn: Nrrn, tmp_path: Path) -> None:
+    y, x = np.indices((160, 160))
+    stripes = 100 + 40 * np.tanh((np.abs((0.8 * x + 0.6 * y) % 44 - 22) - 11) / 1.2)
+    clean = np.repeat(np.rint(stripes)[None], 7, axis=0).astype(np.uint8)
+    bare_zarr(tmp_path / "stripes.zarr", Noise(sigma=12, seed=1).added(clean, box_of(clean.shape)))
+    said = nrrn("evaluate", "stripes.zarr", "--methods", "mean,gaussian-avg", "--out", "out", *ALL)
+    assert said.status == 0, said.err
+    rows = results()
+    assert "edges, voxels" in said.out.splitlines()[0]
+    assert rows["mean"]["edge_width"] == pytest.approx(rows["input"]["edge_width"], abs=0.2)
+    assert rows["gaussian-avg"]["edge_width"] > rows["mean"]["edge_width"] + 5 * rows["mean"]["edge_width_error"]
+    assert nrrn("evaluate", "noisy.zarr", "--methods", "mean", "--out", "none", *ALL).status == 0
+    assert results("none")["mean"]["edge_width"] is None  # waves have no two levels
+
+
 def test_equal_images_have_no_psnr_in_json_and_an_infinite_one_in_the_table(nrrn: Nrrn, tmp_path: Path) -> None:
     said = nrrn("evaluate", "noisy.zarr", "--reference", "noisy.zarr", "--methods", "mean", "--out", "out", *ALL)
     assert said.status == 0, said.err
