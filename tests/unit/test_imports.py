@@ -32,7 +32,7 @@ def run_without(blocked: tuple[str, ...], statement: str) -> subprocess.Complete
 
 
 def test_network_and_core_of_training_import_with_torch_and_numpy_alone() -> None:
-    statement = "import nrrn_pipeline.network, nrrn_pipeline.training.fit, nrrn_pipeline.training.loss"
+    statement = "import nrrn_pipeline.network, nrrn_pipeline.training.fit, nrrn_pipeline.training.processes"
     done = run_without(HEAVY, statement)
     assert done.returncode == 0, done.stderr
 
