@@ -15,14 +15,13 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import zarr
+from paper_bench import EPFL, FIB25, SCALES, Bench, flattest
+from paper_practice import by_strength, how_long, real_noise, transfer
 
 from nrrn_pipeline import (
     Box,
@@ -30,28 +29,14 @@ from nrrn_pipeline import (
     Method,
     Noise,
     NrrnError,
-    Options,
-    TrainingVolume,
-    TrainSettings,
-    Yardstick,
-    add_noise,
-    candidates,
-    compare,
     open_volume,
-    train,
-    write_results,
 )
 from nrrn_pipeline.evaluation.metrics import psnr, ssim
 from nrrn_pipeline.evaluation.signal import interquartile_range
-from nrrn_pipeline.geometry import Span, boxes_of
+from nrrn_pipeline.geometry import Span
 from nrrn_pipeline.network import Architecture, after_each_unit, load_weights
-from nrrn_pipeline.training.fit import PUBLISHED
 from nrrn_pipeline.volume import read_box
 
-FIB25, EPFL = "flyem_fib25_training_sample1_250.npz", "epfl_ca1_dev_z000-079_y0800-1503_x0160-0863.npz"
-FILTERS = "mean,gaussian-avg,median-avg,nlm,nlm-avg,bm3d,bm3d-avg,bm4d"
-PAPERS, WHOLE = Method(), Layout()  # three images, cropped; default tiles
-SEEDS = {"train": 25, "test": 2026}
 OHSU = {  # the paper's Table 1: PSNR in dB, SSIM
     "input": (22.97, 0.858),
     "nrrn": (31.11, 0.971),
@@ -77,127 +62,6 @@ NOISES = {
     "gaussian 75": Noise(sigma=75),
     "gaussian 10": Noise(sigma=10),
 }
-STRENGTHS = {f"gaussian {sigma}": Noise(sigma=sigma) for sigma in (10, 25, 50, 75)}
-STRENGTHS |= {f"poisson {peak}": Noise(peak=peak) for peak in (30, 8, 1)}
-
-
-SHIPPED = "nrrn-fast=nrrn-fast"  # trained by shipped_weights.py on other slices of FIB-25
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much is done. Networks are (units, channels); test: the shape of what is measured; filters: which.
-
-    settings: of the paper's losses. own: of ours, which is chosen by the noise.
-    """
-
-    nrrn: tuple[int, int]
-    denoisenet: tuple[int, int]
-    unet: tuple[int, int]
-    units: tuple[int, ...]
-    settings: TrainSettings
-    own: TrainSettings
-    test: tuple[int, int, int]
-    filters: str = FILTERS
-    strengths: tuple[str, ...] = tuple(STRENGTHS)
-
-
-FAST = TrainSettings(
-    steps=500, batch=8, crop=48, learning_rate=2e-3, halve_every=125, seed=1, loss="adjacent", hold_out=0
-)
-OWN = TrainSettings(steps=800, seed=1)
-TINY = {"steps": 2, "batch": 2, "crop": 32}
-SCALES = {
-    "test": Scale(
-        *((1, 4), (3, 4), (1, 4), (1, 2), replace(FAST, **TINY), replace(OWN, **TINY), (3, 48, 48)),
-        filters="mean,nlm-avg",
-        strengths=("gaussian 25", "poisson 8"),
-    ),
-    "small": Scale((2, 16), (6, 16), (2, 16), (1, 2, 3), FAST, OWN, (8, 250, 250)),
-    "full": Scale(
-        *((4, 64), (20, 64), (4, 64), (1, 2, 3, 4, 5)),
-        *(replace(PUBLISHED, steps=20000, hold_out=0), replace(OWN, steps=20000, batch=16), (32, 250, 250)),
-    ),
-}
-
-
-class Bench:
-    """One run of it all, in one folder."""
-
-    def __init__(self, data: Path, out: Path, scale: Scale) -> None:
-        self.data, self.out, self.scale = data, out, scale
-        self.filters = scale.filters.split(",")
-        self.options = Options(cluster="local" if scale.test[0] > 3 else "serial")
-        self.lines: list[str] = []
-        self.results: dict[str, Any] = {}
-
-    def slices(self, source: str, name: str) -> dict[str, Path]:
-        """Paths of slices as they are: to train on and, none of them the same, to measure."""
-        paths = {part: self.out / f"{name}-{part}.zarr" for part in SEEDS}
-        depth, height, width = self.scale.test
-        for part, path in paths.items():
-            if not path.exists():
-                volume = np.load(self.data / source)["volume"]
-                slices = volume[-depth:, :height, :width] if part == "test" else volume[: len(volume) - depth - 10]
-                zarr.create_array(path, data=slices, chunks=(8, 128, 128))
-        return paths
-
-    def volumes(self, source: str, name: str, noise: Noise) -> dict[str, Path]:
-        """The same slices clean, and with noise."""
-        paths = {}
-        for part, clean in self.slices(source, name).items():
-            noisy = self.out / f"{clean.stem}-{noise.sigma:g}-{noise.peak or 0:g}.zarr"
-            add_noise(clean, noisy, replace(noise, seed=SEEDS[part]), self.options)
-            paths |= {f"clean {part}": clean, part: noisy}
-        return paths
-
-    def trained(self, name: str, volumes: dict[str, Path], **how: Any) -> str:
-        """NAME=FILE with weights, trained unless they are there; those named `own` by our settings."""
-        kind = how.get("network", "nrrn")
-        units, channels = getattr(self.scale, kind)
-        base = self.scale.own if name.startswith("own") else self.scale.settings
-        settings = replace(base, **{"units": units, "channels": channels, **how})
-        weights = self.out / "weights" / f"{volumes['train'].stem}-{name}-{settings.units}.safetensors"
-        weights.parent.mkdir(exist_ok=True)
-        if not weights.exists():
-            started = time.monotonic()
-            clean = volumes["clean train"] if settings.loss == "clean" else None
-            train(TrainingVolume(volumes["train"], clean), weights, settings)
-            print(f"trained {weights.stem} in {time.monotonic() - started:.0f} s", flush=True)
-        return f"{name}={weights}"
-
-    def compared(
-        self,
-        name: str,
-        volumes: dict[str, Path],
-        methods: list[str],
-        method: Method = PAPERS,
-        layout: Layout = WHOLE,
-    ) -> dict[str, Any]:
-        """Measures by method; against clean slices, if there are any."""
-        options = replace(self.options, method=method, layout=layout)
-        folder = self.out / name
-        clean = volumes.get("clean test")
-        yardstick = Yardstick(clean, flattest(clean)) if clean else Yardstick()
-        comparison = compare(volumes["test"], str(folder), candidates(",".join(methods), []), options, yardstick)
-        write_results(comparison, str(folder), {"source": volumes["test"].name})
-        self.results[name] = {found.name: found.measures for found in comparison.compared}
-        return self.results[name]
-
-    def table(self, title: str, header: str, rows: list[list[str]]) -> None:
-        """Into tables.md."""
-        names = header.split(",")
-        self.lines += [f"## {title}", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-        self.lines += [*(f"| {' | '.join(row)} |" for row in rows), ""]
-
-
-def flattest(path: Path, side: int = 24) -> Box:
-    """The square of the middle slice whose clean signal varies least."""
-    volume = open_volume(path)
-    z = volume.shape[0] // 2
-    middle = Box(Span(z, z + 1), volume.box.y, volume.box.x)
-    whole = (box for box in boxes_of(middle, (1, side, side)) if box.size == side**2)
-    return min(whole, key=lambda box: float(read_box(volume, box).std()))
 
 
 def table_1(bench: Bench, volumes: dict[str, Path]) -> None:
@@ -228,28 +92,6 @@ def table_1(bench: Bench, volumes: dict[str, Path]) -> None:
     bench.table("Table 1: FIB-25, Gaussian noise of sigma 30", header, rows)
 
 
-def by_strength(bench: Bench) -> None:
-    """What `nrrn train` makes of noisy slices alone, beside filters and the same network trained on clean slices."""
-    found = {}
-    for title in bench.scale.strengths:
-        volumes = bench.volumes(FIB25, "fib25", STRENGTHS[title])
-        own = [bench.trained("own", volumes), bench.trained("own-n2c", volumes, loss="clean")]
-        methods = [*bench.filters, SHIPPED, *own]
-        found[title] = bench.compared(f"strength-{title.replace(' ', '-')}", volumes, methods)
-    rows = [
-        [name, *(f"{row[name]['psnr_db']:.2f}, {row[name]['ssim']:.3f}" for row in found.values())]
-        for name in next(iter(found.values()))
-    ]
-    ahead = [
-        row["own"]["psnr_db"] - max(of["psnr_db"] for name, of in row.items() if name in bench.filters)
-        for row in found.values()
-    ]
-    behind = [row["own"]["psnr_db"] - row["own-n2c"]["psnr_db"] for row in found.values()]
-    for name, difference in (("own above the best filter", ahead), ("own above own-n2c", behind)):
-        rows.append([name, *(f"{each:+.2f}" for each in difference)])
-    bench.table("FIB-25 by noise: PSNR dB, SSIM", f"method,{','.join(found)}", rows)
-
-
 def table_2(bench: Bench) -> None:
     """Trained methods without pre-training, by kind and strength of noise."""
     if not (bench.data / EPFL).exists():
@@ -268,27 +110,6 @@ def table_2(bench: Bench) -> None:
             paper = PAPER_EPFL[title].get(name)
             rows.append([title, name, f"{row['psnr_db']:.2f}", f"{row['ssim']:.3f}", f"{paper:.2f}" if paper else ""])
     bench.table("Table 2 and Fig. 4: EPFL, by noise; NRRN of 1 unit", "noise,method,PSNR dB,SSIM,paper: PSNR", rows)
-
-
-def real_noise(bench: Bench) -> None:
-    """What no clean slices are needed for: of good denoising the residual is white, as this volume's noise is."""
-    if not (bench.data / EPFL).exists():
-        return  # table_2 says so
-    volumes = bench.slices(EPFL, "epfl")
-    methods = [
-        *bench.filters,
-        SHIPPED,
-        bench.trained("own", volumes),
-        bench.trained("nrrn", volumes),
-        bench.trained("nrrn-n2v", volumes, loss="blind-spot"),
-    ]
-    keys = ("noise_sigma", "residual_whiteness", "residual_neighbour_correlation", "residual_low_frequency_share")
-    rows = [
-        [name, *(f"{row[key]:.3f}" if key in row else "" for key in keys)]
-        for name, row in bench.compared("real-noise", volumes, methods).items()
-    ]
-    header = "method,noise left,whiteness (0: white),with neighbours,structure (0.126: none)"
-    bench.table("EPFL with the noise it came with; what each method removed", header, rows)
 
 
 def figure_5(bench: Bench, volumes: dict[str, Path]) -> None:
@@ -387,6 +208,8 @@ def main() -> None:
     by_strength(bench)
     table_2(bench)
     real_noise(bench)
+    transfer(bench)
+    how_long(bench)
     figure_5(bench, volumes)
     figure_s1(bench, volumes)
     stitching(bench, volumes)

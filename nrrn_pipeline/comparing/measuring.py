@@ -184,7 +184,8 @@ def _against(
 def _sharp(found: Compared, voxels: NDArray[Any], edges: Edges) -> Compared:
     """The same with the width of the source's edges in its voxels."""
     width = width_of(edges.profiles(voxels))
-    measures = {"edge_width": width and width.voxels, "edge_width_error": width and width.error}
+    voxels_wide, error = (None, None) if width is None else (width.voxels, width.error)
+    measures = {"edge_width": voxels_wide, "edge_width_error": error}
     return replace(found, measures=found.measures | measures)
 
 

@@ -138,7 +138,8 @@ def _summit(strength: Floats, tops: NDArray[Any], normals: Floats) -> Floats:
         map_coordinates(strength, (tops + away * normals).T, order=3, mode="nearest") for away in (-1, 0, 1)
     )
     bend = before - 2 * top + after
-    return np.clip(np.divide(before - after, 2 * bend, out=np.zeros_like(bend), where=bend < 0), -1, 1)
+    summit: Floats = np.divide(before - after, 2 * bend, out=np.zeros_like(bend), where=bend < 0)
+    return summit.clip(-1, 1)
 
 
 def _sampled(image: NDArray[Any], places: Floats, normals: Floats, along: NDArray[Any], order: int = 3) -> Floats:
