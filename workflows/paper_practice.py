@@ -65,7 +65,7 @@ def real_noise(bench: Bench) -> None:
     header = "method,noise left,whiteness (0: white),with neighbours,structure (0.126: none),edges in voxels"
     bench.table("EPFL with the noise it came with: what each method removed", f"{header},wider than in mean", rows)
     bench.lines += [
-        f"On {depth} x {side} x {side} voxels. Edges: the 10-90 % rise of the mean profile across {len(edges.places)}, "
+        f"{depth} x {side} x {side} voxels. Edges: the 10-90 % rise of the mean profile of {len(edges.places)} edges, "
         "found on other slices than measured; \N{PLUS-MINUS SIGN} one standard error; `mean` is that of three slices.",
         "",
     ]
