@@ -24,22 +24,24 @@ LEAST_CHANCE = 1e-300
 MOST_CHANCE = 1 - 1e-12
 
 
-def recorrupted(noisy: NDArray[Any], noise: NoiseModel, random: np.random.Generator) -> tuple[Floats, Floats]:
-    """(..., y, x) noisy slices, in grey levels -> (what the network sees, what it is asked for).
+def recorrupted(triplets: NDArray[Any], noise: NoiseModel, random: np.random.Generator) -> tuple[Floats, Floats]:
+    """(..., 3, y, x) noisy triplets, in grey levels -> (..., y, x) twice: what to see, and to ask for, at the centre.
 
     Both are the clean slices with noise added: of variance 1 + ALPHA^2 times, and 1 + 1 / ALPHA^2 times what they
     had. The noise of one tells next to nothing of the other's, so the network learns what it would from clean slices,
     whose expected loss is this one's less a constant. Where voxels were cut off, what they may have been before is
     drawn: what is seen is cut off again, what is asked for is not.
 
-    Of counts, what is taken away to be asked for is replaced by as many that are drawn at the local mean of those left:
-    the network sees as many counts as it will, and what is cut off at white does not depend on the thinning.
+    Of counts, what is taken away to be asked for is replaced by as many drawn at the local mean of what is left and of
+    the slices around: so the network sees as many counts as it will, and white cuts off as many.
     """
-    signal = noise.signal_in(noisy)
+    noisy, (before, after) = triplets[..., 1, :, :], _around(triplets, noise)
+    signal = (before + noise.signal_in(noisy) + after) / 3
     if noise.counts:
         counts = _counts(noisy, signal, noise, random)
         thinned = random.binomial(counts, SEEN)
-        filled = thinned + random.poisson((1 / SEEN - 1) * np.maximum(local_means(thinned), 0))
+        left = (before + local_means(thinned) / SEEN * noise.gain + after) / 3
+        filled = thinned + random.poisson((1 - SEEN) * np.maximum(left, 0) / noise.gain)
         seen = filled.astype(np.float64) * noise.gain
         asked = (counts - thinned) / (1 - SEEN) * noise.gain
     else:
@@ -50,6 +52,13 @@ def recorrupted(noisy: NDArray[Any], noise: NoiseModel, random: np.random.Genera
     if noise.cut:
         seen = np.clip(seen, noise.black, noise.white)
     return seen, asked
+
+
+def _around(triplets: NDArray[Any], noise: NoiseModel) -> tuple[Floats, Floats]:
+    """The signal in the slices before and after, made as bright in the mean as the centre's: charging changes it."""
+    signals = np.moveaxis(noise.signal_in(triplets), -3, 0)
+    means = signals.mean(axis=(-2, -1), keepdims=True)
+    return signals[0] - means[0] + means[1], signals[2] - means[2] + means[1]
 
 
 def _counts(noisy: NDArray[Any], signal: Floats, noise: NoiseModel, random: np.random.Generator) -> NDArray[np.int64]:

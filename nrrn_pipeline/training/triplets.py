@@ -72,9 +72,8 @@ class Triplets:
 
     crop: voxels along y, x. learnt: the triplets that batches come from; held_out: others, which share no slice with
     these; share: the crops of each batch that are made here; threads: as many batches are made ahead. Batches are
-    (n, 3, y, x). For loss clean, (n, 4, y, x): last the
-    clean centre slice, by the noisy one's mean and standard deviation. For loss recorrupted, (n, 4, y, x): the centre
-    slice is recorrupted, and last is what is asked for.
+    (n, 3, y, x). For loss clean, (n, 4, y, x): last the clean centre slice, by the noisy one's mean and standard
+    deviation. For loss recorrupted, (n, 4, y, x): the centre slice is recorrupted, and last is what is asked for.
     """
 
     settings: TrainSettings
@@ -116,7 +115,7 @@ class Triplets:
         if self.settings.loss == "clean" and of.clean is not None:
             crop.append((_finite(of.clean, place, Box(Span(z, z + 1), box.y, box.x))[0] - mean[1]) / std[1])
         elif self.settings.loss == "recorrupted" and of.noise is not None:
-            seen, asked = recorrupted(voxels[1], of.noise.model, random)
+            seen, asked = recorrupted(voxels, of.noise.model, random)
             crop[1] = (seen - mean[1]) / std[1]
             crop.append((asked - mean[1]) / std[1])
         flips = tuple(axis for axis in (1, 2) if random.integers(2))
