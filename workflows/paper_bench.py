@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Scale:
 FAST = TrainSettings(
     steps=500, batch=8, crop=48, learning_rate=2e-3, halve_every=125, seed=1, loss="adjacent", hold_out=0
 )
-OWN = TrainSettings(steps=800, seed=1)
+OWN = TrainSettings(seed=1)
 TINY = {"steps": 2, "batch": 2, "crop": 32}
 SCALES = {
     "test": Scale(
@@ -100,8 +101,14 @@ class Bench:
         self.data, self.out, self.scale = data, out, scale
         self.filters = scale.filters.split(",")
         self.options = Options(cluster="local" if scale.test[0] > 3 else "serial")
-        self.lines: list[str] = []
+        self.lines: list[str] = []  # of the section at hand
         self.results: dict[str, Any] = {}
+        self.trainings: list[str] = []  # done, not found
+
+    @cached_property
+    def usual(self) -> dict[str, Path]:
+        """FIB-25 with noise as in the demo."""
+        return self.volumes(FIB25, "fib25", Noise(sigma=30))
 
     def slices(self, source: str, name: str) -> dict[str, Path]:
         """Paths of slices as they are: to train on and, none of them the same, to measure."""
@@ -147,6 +154,7 @@ class Bench:
             seconds = time.monotonic() - started
             if not resumed:  # else nobody knows how long it took
                 took_file(weights).write_text(f"{seconds:.1f}\n")
+            self.trainings.append(weights.stem)
             print(f"trained {weights.stem} in {seconds:.0f} s", flush=True)
         return f"{name}={weights}"
 

@@ -27,13 +27,12 @@ def by_strength(bench: Bench) -> None:
         [name, *(f"{row[name]['psnr_db']:.2f}, {row[name]['ssim']:.3f}" for row in found.values())]
         for name in next(iter(found.values()))
     ]
-    ahead = [
-        row["own"]["psnr_db"] - max(of["psnr_db"] for name, of in row.items() if name in bench.filters)
-        for row in found.values()
-    ]
-    behind = [row["own"]["psnr_db"] - row["own-n2c"]["psnr_db"] for row in found.values()]
-    for name, difference in (("own above the best filter", ahead), ("own above own-n2c", behind)):
-        rows.append([name, *(f"{each:+.2f}" for each in difference)])
+    for name, others in (("own above the best filter", bench.filters), ("own above own-n2c", ["own-n2c"])):
+        ahead = [
+            {key: row["own"][key] - max(row[other][key] for other in others) for key in ("psnr_db", "ssim")}
+            for row in found.values()
+        ]
+        rows.append([name, *(f"{each['psnr_db']:+.2f}, {each['ssim']:+.3f}" for each in ahead)])
     bench.table("FIB-25 by noise: PSNR dB, SSIM", f"method,{','.join(found)}", rows)
 
 

@@ -2,7 +2,9 @@
 
 DATA holds flyem_fib25_training_sample1_250.npz (FlyEM FIB-25, CC BY) and, for Table 2, a crop of the EPFL's CA1 volume,
 epfl_ca1_dev_z000-079_y0800-1503_x0160-0863.npz, each (z, y, x) uint8 under "volume". OUT gets weights, denoised
-volumes, a page for each comparison, tables.md and results.json; run it again, and only what is missing is made.
+volumes, a page for each comparison, tables.md and results.json; run it again, and weights that are there are used.
+
+--only NAME,NAME makes these sections alone: tables.md has all that were ever made in OUT, each with its date.
 
 `small` is for a CPU: small networks, few steps, few slices, so that methods can be told apart but not judged. `full`
 has the paper's networks, for a GPU. The paper's figures stand beside ours, and are of other volumes: compare the order.
@@ -18,9 +20,10 @@ import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from paper_bench import EPFL, FIB25, SCALES, Bench, flattest
+from paper_bench import EPFL, SCALES, Bench, flattest
 from paper_practice import by_strength, how_long, real_noise, transfer
 
 from nrrn_pipeline import (
@@ -64,8 +67,9 @@ NOISES = {
 }
 
 
-def table_1(bench: Bench, volumes: dict[str, Path]) -> None:
+def table_1(bench: Bench) -> None:
     """Every method on one noise."""
+    volumes = bench.usual
     clean, blind = {"loss": "clean"}, {"loss": "blind-spot"}
     methods = [
         *bench.filters,
@@ -112,8 +116,9 @@ def table_2(bench: Bench) -> None:
     bench.table("Table 2 and Fig. 4: EPFL, by noise; NRRN of 1 unit", "noise,method,PSNR dB,SSIM,paper: PSNR", rows)
 
 
-def figure_5(bench: Bench, volumes: dict[str, Path]) -> None:
+def figure_5(bench: Bench) -> None:
     """After each unit; and by their number."""
+    volumes = bench.usual
     methods = [bench.trained(f"nrrn-{units}", volumes, units=units) for units in bench.scale.units]
     found = bench.compared("figure-5", volumes, methods)
     rows = [[name, f"{row['psnr_db']:.2f}", f"{row['ssim']:.3f}"] for name, row in found.items()]
@@ -133,8 +138,9 @@ def figure_5(bench: Bench, volumes: dict[str, Path]) -> None:
     bench.table(f"Fig. 5A: after each unit of {len(network.units)}, one slice", "after,PSNR dB,SSIM,flat IQR", rows)
 
 
-def figure_s1(bench: Bench, volumes: dict[str, Path]) -> None:
+def figure_s1(bench: Bench) -> None:
     """By the number of images that an estimate is made from."""
+    volumes = bench.usual
     weights = [bench.trained("nrrn", volumes)]
     rows = []
     for images in (3, 2, 1):
@@ -150,9 +156,10 @@ def figure_s1(bench: Bench, volumes: dict[str, Path]) -> None:
     bench.table("Fig. S1: by the number of images", "images,PSNR dB,SSIM,paper (OHSU)", rows)
 
 
-def stitching(bench: Bench, volumes: dict[str, Path]) -> None:
+def stitching(bench: Bench) -> None:
     """Crop-and-discard beside overlaps that are blended, in small tiles, where seams show most."""
-    weights, rows = [bench.trained("nrrn", volumes)], []
+    volumes, rows = bench.usual, []
+    weights = [bench.trained("nrrn", volumes)]
     for stitch in ("crop", "blend"):
         row = bench.compared(f"stitch-{stitch}", volumes, weights, Method(stitch=stitch), Layout(tile=40))["nrrn"]
         keys = ("psnr_db", "seam_energy", "million_voxels_per_s")
@@ -171,18 +178,29 @@ def figure_s2(bench: Bench) -> None:
     bench.table("Fig. S2: parameters, and GFLOP a tile of 256 x 256", "network,parameters,GFLOP", rows)
 
 
-def made(name: str, minutes: float, resumed: bool) -> list[str]:
-    """How."""
-    counted = ", but for what was there from an interrupted run" if resumed else ""
-    scale, where = SCALES[name], f"{os.cpu_count()} cores, torch {version('torch')}"
+SECTIONS = {
+    "table-1": table_1,
+    "by-strength": by_strength,
+    "table-2": table_2,
+    "real-noise": real_noise,
+    "transfer": transfer,
+    "how-long": how_long,
+    "figure-5": figure_5,
+    "figure-s1": figure_s1,
+    "stitching": stitching,
+    "figure-s2": figure_s2,
+}
+
+
+def head(name: str) -> list[str]:
+    """What all sections have in common."""
+    scale = SCALES[name]
     shape, steps = " x ".join(map(str, scale.test)), scale.settings
     return [
         "# The paper's tables on our data",
         "",
-        f"`python workflows/paper_tables.py DATA OUT --scale {name}`: {minutes:.0f} min on {where}, "
-        f"{date.today()}{counted}.",
-        "",
-        f"Units and channels: NRRN {scale.nrrn}, DenoiseNet {scale.denoisenet}, U-Net {scale.unet}. Trained for "
+        f"`python workflows/paper_tables.py DATA OUT --scale {name}`. Units and channels: NRRN {scale.nrrn}, DenoiseNet "
+        f"{scale.denoisenet}, U-Net {scale.unet}. Trained for "
         f"{steps.steps} steps of {steps.batch} crops of {steps.crop} x {steps.crop}; measured on {shape} voxels that "
         "none was trained on. The paper's figures are of other volumes: compare the order.",
         "",
@@ -193,31 +211,44 @@ def made(name: str, minutes: float, resumed: bool) -> list[str]:
     ]
 
 
+def make(bench: Bench, name: str) -> None:
+    """One section, and what it measured, each into a file of its name."""
+    started, trained = time.monotonic(), len(bench.trainings)
+    bench.lines, bench.results = [], {}
+    SECTIONS[name](bench)
+    minutes, new = (time.monotonic() - started) / 60, len(bench.trainings) - trained
+    where = f"{os.cpu_count()} cores, torch {version('torch')}, {date.today()}"
+    bench.lines += [f"*{minutes:.1f} min, {new} trainings among them; {where}.*", ""]
+    folder = bench.out / "sections"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.md").write_text("\n".join(bench.lines))
+    (folder / f"{name}.json").write_text(json.dumps(bench.results, indent=1))
+    print("\n".join(bench.lines), flush=True)
+
+
 def main() -> None:
-    """All of them."""
+    """All of them, or those asked for."""
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("data", type=Path)
     words.add_argument("out", type=Path)
     words.add_argument("--scale", choices=SCALES, default="small")
+    words.add_argument("--only", metavar="NAME,NAME", default=",".join(SECTIONS), help=", ".join(SECTIONS))
     given = words.parse_args()
-    started, resumed = time.monotonic(), (given.out / "weights").exists()
+    names = given.only.split(",")
+    if unknown := [name for name in names if name not in SECTIONS]:
+        sys.exit(f"section {unknown[0]!r} is unknown: use {', '.join(SECTIONS)}")
     given.out.mkdir(parents=True, exist_ok=True)
     bench = Bench(given.data, given.out, SCALES[given.scale])
-    volumes = bench.volumes(FIB25, "fib25", Noise(sigma=30))
-    table_1(bench, volumes)
-    by_strength(bench)
-    table_2(bench)
-    real_noise(bench)
-    transfer(bench)
-    how_long(bench)
-    figure_5(bench, volumes)
-    figure_s1(bench, volumes)
-    stitching(bench, volumes)
-    figure_s2(bench)
-    minutes = (time.monotonic() - started) / 60
-    (given.out / "tables.md").write_text("\n".join([*made(given.scale, minutes, resumed), *bench.lines]))
-    (given.out / "results.json").write_text(json.dumps(bench.results, indent=1))
-    print("\n".join(bench.lines))
+    for name in names:
+        make(bench, name)
+    there = [given.out / "sections" / f"{name}.md" for name in SECTIONS]
+    sections = [path.read_text() for path in there if path.exists()]
+    results: dict[str, Any] = {}
+    for path in there:
+        if path.exists():
+            results |= json.loads(path.with_suffix(".json").read_text())
+    (given.out / "tables.md").write_text("\n".join([*head(given.scale), *sections]))
+    (given.out / "results.json").write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":  # as all that starts processes

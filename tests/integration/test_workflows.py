@@ -140,9 +140,10 @@ def test_paper_tables(tmp_path: Path) -> None:
     said = workflow(*words).stdout
     assert "Left out: epfl_ca1" in said
     np.savez(tmp_path / "data/epfl_ca1_dev_z000-079_y0800-1503_x0160-0863.npz", volume=crop[:20, 100:200, :100])
-    again = workflow(*words).stdout
+    again = workflow(*words, "--only", "table-2,real-noise,transfer").stdout
     assert "trained epfl" in again
     assert "trained fib25" not in again  # it was there
+    assert "section 'table-9' is unknown: use table-1" in workflow(*words, "--only", "table-9", status=1).stderr
     tables = (tmp_path / "out/tables.md").read_text()
     for title in (
         "Table 1",
