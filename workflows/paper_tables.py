@@ -199,9 +199,9 @@ def head(name: str) -> list[str]:
     return [
         "# The paper's tables on our data",
         "",
-        f"`python workflows/paper_tables.py DATA OUT --scale {name}`. Units and channels: NRRN {scale.nrrn}, DenoiseNet "
-        f"{scale.denoisenet}, U-Net {scale.unet}. Trained for "
-        f"{steps.steps} steps of {steps.batch} crops of {steps.crop} x {steps.crop}; measured on {shape} voxels that "
+        f"`python workflows/paper_tables.py DATA OUT --scale {name}`. Units and channels: NRRN {scale.nrrn}, "
+        f"DenoiseNet {scale.denoisenet}, U-Net {scale.unet}. Trained for {steps.steps} steps of "
+        f"{steps.batch} crops of {steps.crop} x {steps.crop}; measured on {shape} voxels that "
         "none was trained on. The paper's figures are of other volumes: compare the order.",
         "",
         f"`nrrn` is trained as the paper does, by eq. 3; `own` as `nrrn train` does unless told, {scale.own.steps} "
