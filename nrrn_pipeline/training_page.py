@@ -27,7 +27,7 @@ from nrrn_pipeline.report import figures
 from nrrn_pipeline.report.page import Evaluation, Figure, Row, html_of
 from nrrn_pipeline.report.pictures import removed_picture
 from nrrn_pipeline.shipped import located, read_weights
-from nrrn_pipeline.training.train import CHOSEN
+from nrrn_pipeline.training.train import CHOSEN, TRIED
 from nrrn_pipeline.volume import Volume, open_volume
 
 SLICES, SIDE = 8, 512  # that are shown and measured, at most
@@ -183,7 +183,10 @@ def _facts_of_course(record: dict[str, Any]) -> dict[str, str]:
         at, looks = validation["best_step"], dict(validation["step_and_loss"])
         best = f"after step {at}: loss on slices held out {looks[at]:.4f}, of {len(looks)} looks"
     height, width = record["crop"]
+    tried = enumerate(record.get(TRIED, ()), start=1)
+    units = ", ".join(f"{number}: {float(loss):.4f}" for number, loss in tried)
     return {
+        **({TRIED: units} if units else {}),
         "loss": f"{record['loss']}" + (f": chosen, as {record[CHOSEN]}" if CHOSEN in record else ""),
         "crops": f"{settings['batch']} a step, of {height} x {width} voxels",
         "steps": steps,

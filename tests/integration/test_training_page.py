@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nrrn_pipeline import Box, Options, TrainingVolume, TrainSettings, denoise, open_volume, train
+from nrrn_pipeline.cost import counted
 from nrrn_pipeline.geometry import box_of
 from nrrn_pipeline.network import load_weights, read_header, save_weights
 from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.report.page import display_range, grey_levels
+from nrrn_pipeline.training.train import TRIED
 from nrrn_pipeline.volume import read_box
 from tests.browser import chromium
 from tests.commands import Nrrn
@@ -142,6 +144,18 @@ def test_nrrn_train_makes_it_once_the_weights_are_there_and_a_browser_shows_it(
         assert browser.requests == [page.as_uri()]
 
 
+def test_units_that_were_tried_are_told(trained: Path, tmp_path: Path, nrrn: Nrrn) -> None:
+    words = ("train", trained / "raw.zarr", "--out", tmp_path / "w.safetensors", *WORDS, "--units", "auto")
+    said = nrrn(*words, "--page", tmp_path / "w.html")
+    assert said.status == 0, said.err
+    record = read_header(tmp_path / "w.safetensors")["training"]
+    units, tried = record["settings"]["units"], record[TRIED]
+    assert f": {counted(units, 'unit')}, 4 channels (of {len(tried)} tried), loss recorrupted" in said.out
+    told = facts(Page((tmp_path / "w.html").read_text()))
+    assert told[TRIED] == ", ".join(f"{number}: {loss:.4f}" for number, loss in enumerate(tried, start=1))
+    assert "--units 'many' is not possible: give a number, or auto" in nrrn(*words, "--units", "many").err
+
+
 def test_slices_shown_are_few_and_in_the_middle_of_those_held_out(
     retold: Callable[..., Path], tmp_path: Path, nrrn: Nrrn
 ) -> None:
@@ -175,6 +189,7 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda record: record["volumes"][0]["noise"]["model"].update(counts=True, gain=1e-12, white=255.0),
         "is damaged, or of another version",
     ),
+    "odd trials": (lambda record: record.update({TRIED: ["x"]}), "is damaged, or of another version"),
     "odd looks": (lambda record: record.update(validation={"best_step": []}), "is damaged, or of another version"),
     "another shape": (lambda record: record["volumes"][0].update(shape=[24, 64, 99]), "has shape (24, 64, 72), but"),
     "gone": (lambda record: record["volumes"][0].update(source="/gone/raw.zarr"), "no volume at /gone/raw.zarr"),
