@@ -118,6 +118,13 @@ class Bench:
             "test": self.stored(source, f"{name}-test", lambda volume: volume[-depth:, :height, :width]),
         }
 
+    def lacks(self, source: str, title: str) -> bool:
+        """Whether a volume is not there; if so, the section says it."""
+        if (self.data / source).exists():
+            return False
+        self.lines += [f"## {title}", "", f"Left out: {source} is not there.", ""]
+        return True
+
     def stored(self, source: str, name: str, part: Callable[[NDArray[Any]], NDArray[Any]]) -> Path:
         """What `part` makes of a volume, kept as NAME.zarr."""
         path = self.out / f"{name}.zarr"
@@ -177,7 +184,7 @@ class Bench:
         return self.results[name]
 
     def table(self, title: str, header: str, rows: list[list[str]]) -> None:
-        """Into tables.md."""
+        """Into the section."""
         names = header.split(",")
         self.lines += [f"## {title}", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
         self.lines += [*(f"| {' | '.join(row)} |" for row in rows), ""]

@@ -38,8 +38,8 @@ def by_strength(bench: Bench) -> None:
 
 def real_noise(bench: Bench) -> None:
     """What no clean slices are needed for: what is removed is white, as the noise is, and edges stay narrow."""
-    if not (bench.data / EPFL).exists():
-        return  # table_2 says so
+    if bench.lacks(EPFL, "EPFL with the noise it came with"):
+        return
     volumes, depth, side = bench.slices(EPFL, "epfl"), bench.scale.test[0], bench.scale.wide
     weights = [
         bench.trained("own", volumes),
@@ -83,8 +83,8 @@ def text_of(width: Width | None, sign: str = "") -> str:
 
 def transfer(bench: Bench) -> None:
     """Weights of another volume, as they are and tuned, beside training from nothing; no clean slices."""
-    if not (bench.data / EPFL).exists():
-        return  # table_2 says so
+    if bench.lacks(EPFL, "Transfer learning"):
+        return
     noise = STRENGTHS["poisson 30"]
     _, _, start = bench.trained("own", bench.volumes(FIB25, "fib25", noise)).partition("=")
     volumes = bench.volumes(EPFL, "epfl", noise)

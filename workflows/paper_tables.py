@@ -98,8 +98,7 @@ def table_1(bench: Bench) -> None:
 
 def table_2(bench: Bench) -> None:
     """Trained methods without pre-training, by kind and strength of noise."""
-    if not (bench.data / EPFL).exists():
-        bench.lines += ["## Table 2", "", f"Left out: {EPFL} is not there.", ""]
+    if bench.lacks(EPFL, "Table 2"):
         return
     rows = []
     for title, noise in NOISES.items():
@@ -221,8 +220,8 @@ def make(bench: Bench, name: str) -> None:
     bench.lines += [f"*{minutes:.1f} min, {new} trainings among them; {where}.*", ""]
     folder = bench.out / "sections"
     folder.mkdir(exist_ok=True)
-    (folder / f"{name}.md").write_text("\n".join(bench.lines))
     (folder / f"{name}.json").write_text(json.dumps(bench.results, indent=1))
+    (folder / f"{name}.md").write_text("\n".join(bench.lines))  # last: where it is, both are
     print("\n".join(bench.lines), flush=True)
 
 

@@ -45,8 +45,8 @@ def main(name: str, source: Path, folder: Path, device: str) -> None:
         volumes.append(TrainingVolume(noisy, clean))
     trained, weights = folder / f"{name}-as-trained.safetensors", folder / f"{name}.safetensors"
     settings = replace(SETTINGS[name], device=device)
-    told = TrainWatch(step=lambda step, loss: step % 100 or print(f"step {step}: loss {loss:.4f}"))
-    record = train(volumes, trained, settings, told)
+    watch = TrainWatch(step=lambda step, loss: step % 100 or print(f"step {step}: loss {loss:.4f}"))
+    record = train(volumes, trained, settings, watch)
     for told, volume in zip(record["volumes"], volumes, strict=True):  # where they lay is of no use to others
         told |= {"source": Path(volume.source).name, "clean": clean.name}
     save_weights(load_weights(trained), weights, record | {"source": SOURCE, "note": NOTE})

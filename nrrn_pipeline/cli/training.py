@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import typer
@@ -11,7 +10,7 @@ from nrrn_pipeline.cli.options import BOX, Device, LevelNumber, StorageOptions, 
 from nrrn_pipeline.cli.terminal import Watch, network_text, out, progress_bar
 from nrrn_pipeline.cost import counted
 from nrrn_pipeline.errors import InputError, NrrnError, RunError
-from nrrn_pipeline.network import KINDS
+from nrrn_pipeline.network import KINDS, Architecture
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.report.scalars import Scalars
 from nrrn_pipeline.training.fit import AUTO, LOSSES, PRECISIONS, TrainSettings, TrainWatch
@@ -21,7 +20,7 @@ from nrrn_pipeline.training.train import CHOSEN, TRIED
 from nrrn_pipeline.training.train import train as train_weights
 from nrrn_pipeline.training_page import check_page, write_training_page
 
-SAVED = "run the same command again to go on from the last checkpoint, of every five minutes"
+SAVED = "run the same command again to go on from the last checkpoint, of every five minutes, or trial of --units auto"
 
 
 def parse_settings(  # one parameter an option: that is how a command line is declared
@@ -124,7 +123,8 @@ def train(
     record = _watched(volumes, weights, settings, tensorboard)
     if not this_process().is_first:
         return
-    said = network_text(replace(settings, units=record["settings"]["units"]).architecture)
+    known = record["settings"]
+    said = network_text(Architecture(known["network"], known["units"], known["channels"], known["inputs"]))
     if TRIED in record:
         said += f" (of {len(record[TRIED])} tried)"
     why = f", as {record[CHOSEN]}" if CHOSEN in record else ""

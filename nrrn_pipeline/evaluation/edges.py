@@ -93,6 +93,8 @@ def wider_by(profiles: Floats, than: Floats) -> Width | None:
 
     Its error is that of the difference, in which much of what the two have in common cancels.
     """
+    if profiles.shape != than.shape:
+        raise ValueError(f"profiles of shape {profiles.shape} and {than.shape} are not of the same edges")
     widths, others = _widths(profiles), _widths(than)
     if widths is None or others is None:
         return None

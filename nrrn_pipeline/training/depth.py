@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from nrrn_pipeline import storage
-from nrrn_pipeline.errors import DivergedError, InputError
+from nrrn_pipeline.errors import DivergedError, InputError, RunError
 from nrrn_pipeline.training.fit import NOBODY, OnStep, Training, TrainSettings
 from nrrn_pipeline.training.processes import ALONE, Processes
 from nrrn_pipeline.training.triplets import Triplets
@@ -32,7 +32,7 @@ Losses = list[float]  # of each batch held out
 class Trials:
     """Short trainings of 1, 2, ... units, whose losses are kept in a file: killed, they go on with the next.
 
-    asked: what the whole training was asked for, in JSON; what was tried for another one counts for nothing.
+    asked: what the whole training was asked for; what was tried for another one counts for nothing.
     """
 
     url: str
@@ -41,7 +41,8 @@ class Trials:
     def run(self, crops: Triplets, processes: Processes = ALONE, on_trial: OnStep = NOBODY.trial) -> list[Losses]:
         """The losses of 1, 2, ... units, up to the first that were no better than one less, or MOST.
 
-        Raises InputError if no slices are held out, DivergedError if not even one unit can be trained.
+        One that diverges is no better. Raises InputError if no slices are held out, DivergedError if not even one unit
+        can be trained, RunError if a trial cannot be kept.
         """
         held_out = crops.validation(HELD_OUT_BATCHES)
         if not held_out:
@@ -59,9 +60,18 @@ class Trials:
                     raise
                 break
             if processes.is_first:
-                storage.write_document(self.url, {"asked": json.dumps(self.asked), "tried": tried})
+                self._keep(tried)
             on_trial(units, float(np.mean(tried[-1])))
         return tried
+
+    def _keep(self, tried: list[Losses]) -> None:
+        try:
+            storage.write_document(self.url, {"asked": json.dumps(self.asked), "tried": tried})
+        except OSError as error:
+            raise RunError(
+                f"the trials in {self.url} cannot be written: {error.strerror or error}; make room and run it again: "
+                "it goes on with those that were kept, if there are any"
+            ) from error
 
     def remove(self) -> None:
         """They are of no use any more."""
@@ -94,4 +104,4 @@ def _losses(settings: TrainSettings, crops: Triplets, held_out: Sequence[Tensor]
     with closing(crops.batches()) as batches:
         while training.taken < training.settings.steps:
             training.take(next(batches))
-    return [training.measure([batch]) for batch in held_out]
+    return training.losses(held_out)

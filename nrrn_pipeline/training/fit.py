@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Literal, Self
 
 import numpy as np
@@ -62,8 +63,8 @@ class TrainSettings:
     LOSSES, or "auto", by the volume's noise. checkpoint_s: seconds between two checkpoints. hold_out: share of the
     slices that validation takes; patience: how many of its looks in a row may find nothing better (0: any number).
     start: weights to go on from, of the same network; None: random ones. units: "auto" is as many as slices held out
-    show to be worth it. precision: "float32"; "bfloat16" for the
-    network's arithmetic, while weights, their updates and the loss stay float32; or "auto", by the device.
+    show to be worth it. precision: "float32"; "bfloat16" for the network's arithmetic, while weights, their updates and
+    the loss stay float32; or "auto", by the device.
     None: 2 units, 16 channels and a rate of 0.02 for NRRN; for its peers what was published, and 0.001. To go on from
     weights, a quarter of the rate.
     """
@@ -89,7 +90,9 @@ class TrainSettings:
     def __post_init__(self) -> None:
         """Raises InputError for numbers that no network can be trained with."""
         for name in ("units", "channels", "steps", "batch", "crop"):
-            if (value := getattr(self, name)) not in (None, AUTO) and value < 1:
+            if (value := getattr(self, name)) is None or (name == "units" and value == AUTO):
+                continue
+            if not isinstance(value, Integral) or value < 1:
                 raise InputError(f"{name} {getattr(self, name)} is not possible: use 1 or more")
         if not 0 <= self.hold_out <= 0.5:
             raise InputError(f"hold out {self.hold_out} is not possible: use 0 (nothing) to 0.5")
@@ -115,9 +118,7 @@ class TrainSettings:
 
     @property
     def architecture(self) -> Architecture:
-        """The network to train, of one unit as long as their number is to be chosen. Raises InputError if there is none
-        such.
-        """
+        """The network to train, of one unit while their number is to be chosen. Raises InputError if there is none."""
         kind = KINDS.get(self.network)
         units, channels = (2, 16) if kind is None or self.network == "nrrn" else (kind.units, 64)
         inputs = default_inputs(self.network) if self.inputs is None else self.inputs
@@ -208,23 +209,25 @@ class Training:
         return loss.item()
 
     @torch.no_grad()
-    def measure(self, batches: Sequence[Tensor]) -> float:
-        """Mean loss on batches that it does not learn from; what is drawn at random is so alike each time.
+    def losses(self, batches: Sequence[Tensor]) -> list[float]:
+        """Of each batch, which it does not learn from; what is drawn at random is so alike each time.
 
-        Raises DivergedError if it is no finite number, in any process; LostError if another process is gone.
+        Raises DivergedError if one is no finite number, in any process; LostError if another process is gone.
         """
         self.network.eval()
-        losses = [self._loss(batch, HELD_OUT, number) for number, batch in enumerate(batches)]
+        every = torch.stack([self._loss(batch, HELD_OUT, number) for number, batch in enumerate(batches)])
         self.network.train()
-        mean = torch.stack(losses).mean()
-        self.processes.average([mean])
-        loss = float(mean)
-        if not math.isfinite(loss):
+        self.processes.average([every])
+        if not torch.isfinite(every).all():
             raise DivergedError(
-                f"training failed at step {self.taken}: the loss on slices held out is {loss}; use a lower "
-                "--learning-rate"
+                f"training failed at step {self.taken}: the loss on slices held out is {every.mean().item()}; use a "
+                "lower --learning-rate"
             )
-        return loss
+        return [float(loss) for loss in every]
+
+    def measure(self, batches: Sequence[Tensor]) -> float:
+        """The mean of `losses`; raises what that does."""
+        return float(np.mean(self.losses(batches)))
 
     def _loss(self, batch: Tensor, *key: int) -> Tensor:
         """The settings' loss on a batch, or a share; differentiable. key: of the batch's random numbers."""

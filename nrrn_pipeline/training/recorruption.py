@@ -28,15 +28,15 @@ def recorrupted(triplets: NDArray[Any], noise: NoiseModel, random: np.random.Gen
     """(..., 3, y, x) noisy triplets, in grey levels -> (..., y, x) twice: what to see, and to ask for, at the centre.
 
     Both are the clean slices with noise added: of variance 1 + ALPHA^2 times, and 1 + 1 / ALPHA^2 times what they
-    had. The noise of one tells next to nothing of the other's, so the network learns what it would from clean slices,
-    whose expected loss is this one's less a constant. Where voxels were cut off, what they may have been before is
-    drawn: what is seen is cut off again, what is asked for is not.
+    had; of counts, what is seen has as much as there was. The noise of one tells next to nothing of the other's, so the
+    network learns what it would from clean slices, whose expected loss is this one's less a constant. Where voxels
+    were cut off, what they may have been before is drawn: what is seen is cut off again, what is asked for is not.
 
     Of counts, what is taken away to be asked for is replaced by as many drawn at the local mean of what is left and of
     the slices around: so the network sees as many counts as it will, and white cuts off as many.
     """
-    noisy, (before, after) = triplets[..., 1, :, :], _around(triplets, noise)
-    signal = (before + noise.signal_in(noisy) + after) / 3
+    noisy, (before, own, after) = triplets[..., 1, :, :], _signals(triplets, noise)
+    signal = (before + own + after) / 3
     if noise.counts:
         counts = _counts(noisy, signal, noise, random)
         thinned = random.binomial(counts, SEEN)
@@ -54,11 +54,12 @@ def recorrupted(triplets: NDArray[Any], noise: NoiseModel, random: np.random.Gen
     return seen, asked
 
 
-def _around(triplets: NDArray[Any], noise: NoiseModel) -> tuple[Floats, Floats]:
-    """The signal in the slices before and after, made as bright in the mean as the centre's: charging changes it."""
+def _signals(triplets: NDArray[Any], noise: NoiseModel) -> Floats:
+    """(3, ..., y, x) the slices' signals, made as bright in the mean as the centre's: charging changes it."""
     signals = np.moveaxis(noise.signal_in(triplets), -3, 0)
     means = signals.mean(axis=(-2, -1), keepdims=True)
-    return signals[0] - means[0] + means[1], signals[2] - means[2] + means[1]
+    found: Floats = signals - means + means[1]
+    return found
 
 
 def _counts(noisy: NDArray[Any], signal: Floats, noise: NoiseModel, random: np.random.Generator) -> NDArray[np.int64]:

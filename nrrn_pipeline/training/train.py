@@ -53,7 +53,7 @@ def train(
     Clean volumes are for the loss "clean" alone. The loss "auto" is "clean" if there are any, else it depends on the
     noise; the record says what was chosen, and why.
 
-    Units "auto" are chosen by short trainings first, each of which is kept as a checkpoint is.
+    Units "auto" are chosen by short trainings first, each of which is kept once it has ended.
 
     A tenth of the slices is held out: the weights are those that did best on them, and training stops early once it
     does no better. Of a training that diverges the best weights until then are kept beside `weights`.
@@ -86,7 +86,7 @@ def _train(
     checkpoint = Checkpoint(f"{absolute(weights)}.checkpoint", asked)
     trials = Trials(f"{absolute(weights)}.trials", asked)
     device = processes.own(choose_device(settings.device))
-    _agree(processes, device, checkpoint.kept(), [asked, trials.tried()])  # before anything that takes long
+    _agree(processes, device, checkpoint.kept(), [asked, trials.tried()])  # before crops are read
     crops = triplets(materials, settings, processes)
     if settings.units == AUTO:
         tried = trials.run(crops, processes, watch.trial)

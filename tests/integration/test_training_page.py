@@ -156,6 +156,12 @@ def test_units_that_were_tried_are_told(trained: Path, tmp_path: Path, nrrn: Nrr
     assert "--units 'many' is not possible: give a number, or auto" in nrrn(*words, "--units", "many").err
 
 
+def test_going_on_from_weights_it_says_their_sizes(trained: Path, tmp_path: Path, nrrn: Nrrn) -> None:
+    words = ("--from", trained / "w.safetensors", "--steps", 2, "--batch", 2, "--crop", 16, "--device", "cpu")
+    said = nrrn("train", trained / "raw.zarr", "--out", tmp_path / "w.safetensors", *words)
+    assert f"{tmp_path / 'w.safetensors'}: 1 unit, 4 channels, loss recorrupted" in said.out
+
+
 def test_slices_shown_are_few_and_in_the_middle_of_those_held_out(
     retold: Callable[..., Path], tmp_path: Path, nrrn: Nrrn
 ) -> None:

@@ -29,7 +29,7 @@ TINY = TrainSettings(units=1, channels=4, steps=20, batch=4, crop=20, device="cp
 WIDE = {"learning_rate": 1.0, "patience": 1, "steps": 40}  # soon no better
 
 TRAIN = """
-import json, math, os, sys, warnings
+import json, math, os, sys, time, warnings
 from dataclasses import replace
 warnings.simplefilter("error")
 from nrrn_pipeline import NrrnError, TrainWatch, train
@@ -52,6 +52,7 @@ for name, changes in json.loads(sys.argv[1]).items():
         told.append(step)
         if name == "killed":
             print(step, flush=True)
+            time.sleep(0.1)  # not over before it is killed
 
     try:
         outcome = {"record": train("source.zarr", f"{name}.safetensors", settings, TrainWatch(on_step))}

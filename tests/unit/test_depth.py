@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nrrn_pipeline import TrainSettings, train
-from nrrn_pipeline.errors import DivergedError, InputError
+from nrrn_pipeline.errors import DivergedError, InputError, RunError
 from nrrn_pipeline.geometry import box_of
 from nrrn_pipeline.network import load_weights
 from nrrn_pipeline.noise import Noise
@@ -128,7 +128,7 @@ def test_a_trial_is_a_training_of_a_part_of_the_steps(crops: Triplets, tmp_path:
     with closing(crops.batches()) as batches:
         while short.taken < short.settings.steps:
             short.take(next(batches))
-    expected = [short.measure([batch]) for batch in crops.validation(HELD_OUT_BATCHES)]
+    expected = short.losses(crops.validation(HELD_OUT_BATCHES))
     assert Trials(str(tmp_path / "w.trials"), {}).run(crops)[0] == expected
 
 
@@ -137,6 +137,21 @@ def test_units_that_are_chosen_give_the_weights_of_those_that_are_named(source: 
     train(source, tmp_path / "named.safetensors", replace(TINY, units=chosen_units))
     auto, named = (load_weights(tmp_path / f"{name}.safetensors").state_dict() for name in ("auto", "named"))
     assert all(np.array_equal(tensor, named[name]) for name, tensor in auto.items())
+
+
+def test_trials_that_cannot_be_kept_are_an_error_that_says_so(
+    crops: Triplets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told(monkeypatch, 5.0)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"the trials in .* cannot be written: Not a directory; make room"):
+        Trials(str(tmp_path / "file/w.trials"), {}).run(crops)
+
+
+def test_trials_that_are_damaged_are_refused(crops: Triplets, tmp_path: Path) -> None:
+    (tmp_path / "w.trials").write_text("{}")
+    with pytest.raises(InputError, match=r"w\.trials is damaged: .* delete it, to try anew"):
+        Trials(str(tmp_path / "w.trials"), {}).run(crops)
 
 
 def test_without_slices_held_out_units_cannot_be_chosen(source: Path, tmp_path: Path) -> None:

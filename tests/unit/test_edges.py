@@ -173,3 +173,8 @@ def test_half_of_the_edges_are_not_enough_below_fifty() -> None:
     assert width_of(few.profiles(seen)) is None
     enough = Edges(edges.places[:50], edges.normals[:50])
     assert width_of(enough.profiles(seen)) is not None
+
+
+def test_profiles_of_other_edges_are_not_compared() -> None:
+    with pytest.raises(ValueError, match=r"shape \(60, 33\) and \(61, 33\) are not of the same edges"):
+        wider_by(np.zeros((60, 33)), np.zeros((61, 33)))

@@ -233,6 +233,8 @@ def test_what_is_not_asked_for_goes_by_the_network(network: str, units: int, cha
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"steps": "auto"}, "steps auto is not possible: use 1 or more"),
+        ({"units": "many"}, "units many is not possible: use 1 or more"),
         ({"network": "resnet"}, "network 'resnet' is unknown: use nrrn or denoisenet or unet"),
         (
             {"loss": "perceptual"},
