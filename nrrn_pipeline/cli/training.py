@@ -116,9 +116,8 @@ def train(
         TrainingVolume(source, of_clean, of_mask, parse_box("roi", part), level)
         for source, of_clean, of_mask, part in zip(sources, *beside, strict=True)
     ]
+    _refuse_taken(weights, page, tensorboard)
     if page is not None:
-        if absolute(page) == absolute(weights):
-            raise InputError(f"--page {page} is where the weights are to be: choose another file, such as {page}.html")
         check_page(page)
     record = _watched(volumes, weights, settings, tensorboard)
     if not this_process().is_first:
@@ -192,6 +191,16 @@ def _watched(
             bar.update(task, speed=f"tried: {counted(units, 'unit')}, held out {loss:.4f}")
 
         return train_weights(volumes, weights, settings, TrainWatch(stepped, looked, tried))
+
+
+def _refuse_taken(weights: str, page: str | None, tensorboard: str | None) -> None:
+    """Raises InputError if one thing is to be written where another one is."""
+    own = absolute(weights)
+    taken = {own, f"{own}.checkpoint", f"{own}.trials"}
+    for name, given in (("page", page), ("tensorboard", tensorboard)):
+        if given is not None and absolute(given) in taken:
+            raise InputError(f"--{name} {given} is where something else is to be written: choose another place")
+        taken |= set() if given is None else {absolute(given)}
 
 
 def _parse_units(text: str | None) -> int | Literal["auto"] | None:

@@ -86,7 +86,8 @@ def _train(
     checkpoint = Checkpoint(f"{absolute(weights)}.checkpoint", asked)
     trials = Trials(f"{absolute(weights)}.trials", asked)
     device = processes.own(choose_device(settings.device))
-    _agree(processes, device, checkpoint.kept(), [asked, trials.tried()])  # before crops are read
+    before = trials.tried() if settings.units == AUTO else []
+    _agree(processes, device, checkpoint.kept(), [asked, before])  # before crops are read
     crops = triplets(materials, settings, processes)
     if settings.units == AUTO:
         tried = trials.run(crops, processes, watch.trial)

@@ -243,7 +243,7 @@ def test_a_page_that_cannot_be_made_is_refused_before_training(
     expected = {
         "folder": "its folder is missing",
         "free name": "exists: choose another file",
-        "own name": "where the weights",
+        "own name": "where something else is to be written",
     }
     assert expected.get(lacks, "pip install nrrn-pipeline[evaluation]") in line
 
@@ -262,3 +262,15 @@ def test_a_page_that_fails_costs_no_weights(
     assert "w.safetensors is whole, but there is no page of its training: " in line
     assert line.endswith(f"nrrn weights page {tmp_path / 'w.safetensors'} --out {tmp_path / 'w.html'}")
     assert load_weights(tmp_path / "w.safetensors").architecture.units == 1
+
+
+@pytest.mark.parametrize("beside", [("--page", ".checkpoint"), ("--page", ".trials"), ("--tensorboard", "")])
+def test_nothing_is_to_be_written_where_something_else_is(
+    trained: Path, tmp_path: Path, nrrn: Nrrn, beside: tuple[str, str]
+) -> None:
+    option, ending = beside
+    weights = tmp_path / "w.safetensors"
+    said = nrrn("train", trained / "raw.zarr", "--out", weights, *WORDS, option, f"{weights}{ending}")
+    assert said.status == 2
+    assert "is where something else is to be written: choose another place" in said.err
+    assert [*tmp_path.iterdir()] == []
