@@ -72,11 +72,10 @@ class Scale:
 FAST = TrainSettings(
     steps=500, batch=8, crop=48, learning_rate=2e-3, halve_every=125, seed=1, loss="adjacent", hold_out=0
 )
-OWN = TrainSettings(seed=1)
 TINY = {"steps": 2, "batch": 2, "crop": 32}
 SCALES = {
     "test": Scale(
-        *((1, 4), (3, 4), (1, 4), (1, 2), replace(FAST, **TINY), replace(OWN, **TINY), (3, 48, 48)),
+        *((1, 4), (3, 4), (1, 4), (1, 2), replace(FAST, **TINY), replace(USUAL, **TINY), (3, 48, 48)),
         filters="mean,nlm-avg",
         strengths=("gaussian 25", "poisson 30"),
         wide=96,
@@ -86,10 +85,10 @@ SCALES = {
         fresh_steps=(1, 2),
         fresh_own=replace(USUAL, units=1, channels=4, batch=2, crop=32),
     ),
-    "small": Scale((2, 16), (6, 16), (2, 16), (1, 2, 3), FAST, OWN, (8, 250, 250), wide=500),
+    "small": Scale((2, 16), (6, 16), (2, 16), (1, 2, 3), FAST, USUAL, (8, 250, 250), wide=500),
     "full": Scale(
         *((4, 64), (20, 64), (4, 64), (1, 2, 3, 4, 5)),
-        *(replace(PUBLISHED, steps=20000, hold_out=0), replace(OWN, steps=20000, batch=16), (32, 250, 250)),
+        *(replace(PUBLISHED, steps=20000, hold_out=0), replace(USUAL, steps=20000, batch=16), (32, 250, 250)),
     ),
 }
 

@@ -127,7 +127,7 @@ def train(
     if TRIED in record:
         said += f" (of {len(record[TRIED])} tried)"
     why = f", as {record[CHOSEN]}" if CHOSEN in record else ""
-    out.print(f"{weights}: {said}, loss {record['settings']['loss']}{why}")
+    out.print(f"{weights}: {said}, loss {known['loss']}{why}")
     if min(record["crop"]) < settings.crop:
         height, width = record["crop"]
         out.print(f"crops were of {height} x {width} voxels: the smallest part, or volume, has no more")

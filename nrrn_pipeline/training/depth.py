@@ -51,7 +51,7 @@ class Trials:
                 "(they are too few, or --hold-out is 0): name the --units"
             )
         tried = self.tried()
-        while len(tried) < MOST and len(tried) - chosen(tried) < 1:
+        while len(tried) < MOST and chosen(tried) == len(tried):
             units = len(tried) + 1
             try:
                 tried.append(_losses(replace(crops.settings, units=units), crops, held_out, processes))

@@ -107,8 +107,9 @@ def _train(
         if processes.is_first:
             checkpoint.remove()  # it would lead here again
             trials.remove()
-            record = _record(course, crops, {**known, "stopped": str(error)}) if course.best else {}
-            kept = f"; {_keep_last_good(course, weights, record)}" if course.best else ""
+            if course.best:
+                record = _record(course, crops, {**known, "stopped": str(error)})
+                kept = f"; {_keep_last_good(course, weights, record)}"
         raise DivergedError(f"{error}{processes.told(kept, device)[0]}") from error
     record = _record(course, crops, known)
     if processes.is_first:
