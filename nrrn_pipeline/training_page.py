@@ -12,7 +12,7 @@ import numpy as np
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.api import RunWatch
-from nrrn_pipeline.comparing.measuring import Compared, Comparison, compare
+from nrrn_pipeline.comparing.measuring import LEAST_SIDE, Compared, Comparison, compare
 from nrrn_pipeline.comparing.methods import Candidate
 from nrrn_pipeline.comparing.showing import ABOUT_NOISE, ABOUT_REMOVED, COLUMNS
 from nrrn_pipeline.errors import InputError
@@ -22,15 +22,19 @@ from nrrn_pipeline.noise_details import NoiseCurve
 from nrrn_pipeline.noise_model import NoiseModel
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import absolute
+from nrrn_pipeline.planning import refuse_outside
 from nrrn_pipeline.preparing import Location
 from nrrn_pipeline.report import figures
 from nrrn_pipeline.report.page import Evaluation, Figure, Row, html_of
 from nrrn_pipeline.report.pictures import removed_picture
 from nrrn_pipeline.shipped import located, read_weights
+from nrrn_pipeline.training.masks import best_window, blocks_of, image_blocks
+from nrrn_pipeline.training.material import MASK_DTYPES
 from nrrn_pipeline.training.train import CHOSEN, TRIED
 from nrrn_pipeline.volume import Volume, open_volume
 
 SLICES, SIDE = 8, 512  # that are shown and measured, at most
+LEAST_SHOWN = 64  # voxels along y and x, where there are so many
 DENOISED = "denoised"
 MEASURES = (
     "noise_sigma",
@@ -43,19 +47,30 @@ MOST_COUNTS = 2**16  # that a noise model is drawn with, whatever a file says
 
 @dataclass(frozen=True)
 class Learnt:
-    """What weights tell of their training, for people; the first volume, where to show it, and its noise."""
+    """What weights tell of their training, for people; of one volume what it was, what was learnt from, its noise.
+
+    held_out: its longest stretch of slices that were; None if none were, of any volume.
+    """
 
     name: str
     facts: dict[str, str]
     source: str
     shape: tuple[int, ...]
-    box: Box
-    held_out: bool
+    dtype: str
+    part: Box
+    mask: str | None
+    held_out: Span | None
     noise: NoiseCurve | None
 
 
-def check_page(page: Location) -> None:
-    """Raises InputError if no page of a training can be made here, or written there; writes nothing."""
+def check_page(page: Location, parts: Sequence[Box] = ()) -> None:
+    """Raises InputError if no page of training on such parts can be made here, or written there; writes nothing."""
+    for part in parts:
+        if min(part.shape[1:]) < LEAST_SIDE:
+            raise InputError(
+                f"no page can be made of what was learnt from {part}: that takes {LEAST_SIDE} x {LEAST_SIDE} voxels at "
+                "least; leave the page out, or give a larger part"
+            )
     lacking = [name for name, module in (("matplotlib", "matplotlib"), ("PyWavelets", "pywt")) if not find_spec(module)]
     if lacking:
         raise InputError(f"a page of a training needs {' and '.join(lacking)}: pip install nrrn-pipeline[evaluation]")
@@ -65,8 +80,8 @@ def check_page(page: Location) -> None:
 def write_training_page(weights: Location, page: Location, device: str = "auto", watch: RunWatch | None = None) -> None:
     """Write one HTML file that shows how weights were trained, and what they do on slices held out from training.
 
-    These are of the first volume, which is denoised there as `denoise` would: up to SLICES slices, SIDE x SIDE voxels
-    around the middle of the part that was learnt from. The middle slices if nothing was held out; the page says so.
+    These are of the first volume that has any, which is denoised there as `denoise` would: up to SLICES slices, SIDE x
+    SIDE voxels where there is most to see. Slices in the middle if nothing was held out; the page says so.
 
     Raises InputError if the weights do not tell of their training, the volume is not there any more, or the page exists
     or cannot be written; RunError if denoising broke off.
@@ -74,8 +89,9 @@ def write_training_page(weights: Location, page: Location, device: str = "auto",
     check_page(page)
     learnt = _learnt(weights)
     volume = _volume_of(learnt, weights)
+    box = _box_shown(learnt, volume)
     with TemporaryDirectory(prefix="nrrn-") as folder:
-        options = Options(roi=learnt.box, cluster="serial", device=device)
+        options = Options(roi=box, cluster="serial", device=device)
         comparison = compare(volume.url, folder, [Candidate(DENOISED, located(weights))], options, watch=watch)
     storage.write_file(absolute(page), html_of(_shown(learnt, comparison)).encode())
 
@@ -87,22 +103,27 @@ def _learnt(weights: Location) -> Learnt:
     if not isinstance(record, dict) or not record.get("volumes"):
         raise InputError(f"{weights} tells of no volume that it was trained on: give weights that nrrn train wrote")
     try:
-        first = record["volumes"][0]
-        held_out = [int(z) for z in first["held_out"]]
-        box = _box_shown(Box.parse(first["roi"]), held_out)
+        volumes = record["volumes"]
+        shown = next((of for of in volumes if of["held_out"]), volumes[0])
+        held_out = max(_stretches([int(z) for z in shown["held_out"]]), key=len, default=None)
         network = architecture_of(header)
         facts = {
             "weights": located(weights),
-            **_facts_of_volumes(record["volumes"]),
+            **_facts_of_volumes(volumes),
             "network": f"{network}: {network.parameters} parameters",
             **_facts_of_course(record),
-            "measured": f"{box} of {first['source']}, "
-            + ("held out from training" if held_out else "from which it learnt: no slices of it were held out"),
-            "pictures": f"of slice z={box.z.start + len(box.z) // 2}",
         }
-        source, shape = str(first["source"]), tuple(int(length) for length in first["shape"])
-        name = located(weights).rpartition("/")[2]
-        return Learnt(name, facts, source, shape, box, bool(held_out), _noise_of(first["noise"]))
+        return Learnt(
+            name=located(weights).rpartition("/")[2],
+            facts=facts,
+            source=str(shown["source"]),
+            shape=tuple(int(length) for length in shown["shape"]),
+            dtype=str(shown["dtype"]),
+            part=Box.parse(shown["roi"]),
+            mask=shown["mask"],
+            held_out=held_out,
+            noise=_noise_of(shown["noise"]),
+        )
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
             f"what {weights} tells of its training is damaged, or of another version ({error!r}): give weights that "
@@ -111,23 +132,34 @@ def _learnt(weights: Location) -> Learnt:
 
 
 def _volume_of(learnt: Learnt, weights: Location) -> Volume:
-    """The first volume. Raises InputError if it is not there, or another one."""
+    """The one that is shown. Raises InputError if it is not there, or another one."""
     try:
         volume = open_volume(learnt.source)
     except InputError as error:
         raise InputError(f"the page shows what {weights} learnt from, but {error}; put it back there") from error
-    if volume.shape != learnt.shape:
+    if (volume.shape, volume.dtype) != (learnt.shape, learnt.dtype):
         raise InputError(
-            f"{volume.url} has shape {volume.shape}, but {weights} learnt from one of {learnt.shape} there: restore it"
+            f"{volume.url} is {volume.dtype} of shape {volume.shape}, but {weights} learnt from {learnt.dtype} of "
+            f"{learnt.shape} there: restore it"
         )
     return volume
 
 
-def _box_shown(part: Box, held_out: Sequence[int]) -> Box:
-    """The middle of the longest stretch of slices held out, or of the part; and that of its y and x."""
-    stretch = _stretches(held_out)
-    z = max(stretch, key=len) if stretch else part.z
-    return Box(_middle(z, SLICES), _middle(part.y, SIDE), _middle(part.x, SIDE))
+def _box_shown(learnt: Learnt, volume: Volume) -> Box:
+    """Of slices held out, or else of the part, those in the middle; where one of these has most image, and mask."""
+    z = _middle(learnt.held_out or learnt.part.z, SLICES)
+    middle = z.start + len(z) // 2
+    slice_ = Box(Span(middle, middle + 1), learnt.part.y, learnt.part.x)
+    refuse_outside(slice_, volume.box)
+    blocks = image_blocks(volume, slice_)
+    if learnt.mask is not None:
+        masked = blocks & blocks_of(open_volume(learnt.mask, dtypes=MASK_DTYPES), slice_)
+        blocks = masked if masked.any() else blocks
+    if not blocks.any():
+        raise InputError(f"{volume.url} is constant in {slice_}, which was to be shown: restore it")
+    window = best_window({middle: blocks[0]}, slice_)
+    y, x = (_around(found, part) for found, part in zip(window.spans[1:], slice_.spans[1:], strict=True))
+    return Box(z, y, x)
 
 
 def _stretches(slices: Sequence[int]) -> list[Span]:
@@ -139,6 +171,15 @@ def _stretches(slices: Sequence[int]) -> list[Span]:
         else:
             found.append(Span(z, z + 1))
     return found
+
+
+def _around(window: Span, part: Span) -> Span:
+    """The window if it is large enough to be measured; else the part around it that is."""
+    if len(window) >= LEAST_SHOWN:
+        return _middle(window, SIDE)
+    around = (window.start + window.stop - LEAST_SHOWN) // 2
+    start = max(part.start, min(around, part.stop - LEAST_SHOWN))
+    return Span(start, min(start + LEAST_SHOWN, part.stop))
 
 
 def _middle(span: Span, most: int) -> Span:
@@ -201,10 +242,14 @@ def _shown(learnt: Learnt, comparison: Comparison) -> Evaluation:
     """What the page shows."""
     given, denoised = comparison.compared
     rows = [Row(of.name, {COLUMNS[name].name: of.measures.get(name) for name in MEASURES}) for of in (given, denoised)]
+    box = comparison.box
+    measured = f"{box} of {learnt.source}, "
+    measured += "held out from training" if learnt.held_out else "from which it learnt: no slices were held out"
+    about = {"measured": measured, "pictures": f"of slice z={box.z.start + len(box.z) // 2}"}
     caution = () if learnt.held_out else ("No slices were held out: what is shown, the network has learnt from.",)
     return Evaluation(
         title=f"How {learnt.name} was trained",
-        facts=learnt.facts,
+        facts=learnt.facts | about,
         columns=[COLUMNS[name] for name in MEASURES],
         rows=rows,
         images={of.name: of.picture for of in (given, denoised)},
@@ -222,7 +267,7 @@ def _figures(learnt: Learnt, given: Compared, denoised: Compared) -> list[Figure
         )
         made.append(Figure(figures.training_curves(denoised.losses, denoised.looks), caption))
     if learnt.noise is not None:
-        caption = "Noise of the first source by its signal, as it was measured before training."
+        caption = f"Noise of {learnt.source} by its signal, as it was measured before training."
         made.append(Figure(figures.noise_by_signal(learnt.noise), caption))
     picture, limit = removed_picture(np.subtract(given.picture, denoised.picture, dtype=np.float64))
     caption = (

@@ -118,7 +118,7 @@ def train(
     ]
     _refuse_taken(weights, page, tensorboard)
     if page is not None:
-        check_page(page)
+        check_page(page, [volume.opened().part for volume in volumes])
     record = _watched(volumes, weights, settings, tensorboard)
     if not this_process().is_first:
         return

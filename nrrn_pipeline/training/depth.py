@@ -47,8 +47,9 @@ class Trials:
         held_out = crops.validation(HELD_OUT_BATCHES)
         if not held_out:
             raise InputError(
-                "units auto is not possible here: it is slices held out that tell how many are worth it, and none are "
-                "(they are too few, or --hold-out is 0): name the --units"
+                "units auto is not possible here: it is slices held out that tell how many are worth it, and of "
+                f"{len(crops.learnt)} none is (--hold-out is {crops.settings.hold_out:g}): name the --units, or give "
+                "more slices"
             )
         tried = self.tried()
         while len(tried) < MOST and chosen(tried) == len(tried):

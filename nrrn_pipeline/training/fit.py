@@ -163,11 +163,13 @@ class Training:
     ) -> None:
         """From the weights of `start`, a network of the same architecture, or from random ones.
 
-        Raises InputError if the device is not there, or as refuse_sharing does; ValueError for loss auto, which knows
-        no batches.
+        Raises InputError if the device is not there, or as refuse_sharing does; ValueError for loss or units
+        auto, which only a volume can settle.
         """
         if settings.loss == AUTO:
             raise ValueError("loss auto is for train(), which sees the volume: name one")
+        if settings.units == AUTO:
+            raise ValueError("units auto is for train(), which tries them: give a number")
         refuse_sharing(settings, processes)
         self.settings, self.taken, self.processes = settings, 0, processes
         self.device = processes.own(choose_device(settings.device))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,12 +20,26 @@ Blocks = NDArray[np.bool_]  # (y, x) whether a block has a voxel of the mask; co
 
 def blocks_of(mask: Volume, box: Box) -> NDArray[np.bool_]:
     """(z, y, x) the Blocks of each slice of the box; those outside it are False. NaN counts as 0."""
+    return _by_blocks(mask, box, lambda voxels: (voxels != 0) & ~np.isnan(voxels))
+
+
+def image_blocks(volume: Volume, box: Box) -> NDArray[np.bool_]:
+    """(z, y, x) which blocks of each slice of the box have voxels that differ from the next: no frame around it."""
+
+    def differ(voxels: NDArray[Any]) -> NDArray[np.bool_]:
+        found: NDArray[np.bool_] = np.diff(voxels, axis=-1, prepend=voxels[..., :1]) != 0
+        return found
+
+    return _by_blocks(volume, box, differ)
+
+
+def _by_blocks(volume: Volume, box: Box, wanted: Callable[[NDArray[Any]], NDArray[np.bool_]]) -> NDArray[np.bool_]:
+    """(z, y, x) which blocks of the box have a voxel that is `wanted`."""
     found = np.zeros((len(box.z), -(-box.y.stop // BLOCK), -(-box.x.stop // BLOCK)), np.bool_)
-    depth, *sides = mask.write_unit
+    depth, *sides = volume.write_unit
     height, width = (-(-LEAST_READ // side) * side for side in sides)
     for cell in cells_of(box, (depth, height, width)):
-        voxels = read_box(mask, cell)
-        there = (voxels != 0) & ~np.isnan(voxels)
+        there = wanted(read_box(volume, cell))
         for axis, span in ((1, cell.y), (2, cell.x)):
             edges = np.arange(span.start // BLOCK * BLOCK, span.stop, BLOCK).clip(span.start) - span.start
             there = np.logical_or.reduceat(there, edges, axis=axis)

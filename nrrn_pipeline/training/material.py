@@ -20,6 +20,7 @@ from nrrn_pipeline.volume_noise import measure_volume, noise_of
 
 Location = str | os.PathLike[str]
 
+MASK_DTYPES = (*DTYPES, "bool")
 SLICES = 128  # enough to train on; more would cost a pass over the whole volume for their statistics
 RUN = 16  # consecutive slices read together, or a chunk's depth if that is more; no more than SLICES
 
@@ -42,7 +43,7 @@ class TrainingVolume:
         """Raises InputError if something is not there, or does not fit the noisy volume."""
         volume = open_volume(self.source, self.level)
         clean = None if self.clean is None else open_volume(self.clean, self.level)
-        mask = None if self.mask is None else open_volume(self.mask, self.level, (*DTYPES, "bool"))
+        mask = None if self.mask is None else open_volume(self.mask, self.level, MASK_DTYPES)
         if clean is not None and (clean.shape, clean.dtype) != (volume.shape, volume.dtype):
             raise InputError(
                 f"{clean.url} has shape {clean.shape} and dtype {clean.dtype}, {volume.url} {volume.shape} and "

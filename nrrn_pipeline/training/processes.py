@@ -97,6 +97,8 @@ def this_process(environment: Mapping[str, str] = os.environ) -> Processes:
     found = {name: environment.get(name, "") for name in names}
     wrong = [f"{name} is {value!r}" for name, value in found.items() if not (value.isascii() and value.isdigit())]
     wrong += [] if environment.get("MASTER_ADDR") else ["MASTER_ADDR is missing"]
+    if not wrong and int(found["RANK"]) >= int(number):
+        wrong = [f"RANK is {found['RANK']}, of 0 to {int(number) - 1}" if int(number) else "no process can be one of 0"]
     if wrong:
         raise InputError(
             f"WORLD_SIZE {number} asks for several processes, but {', '.join(wrong)}: start them with torchrun, or "

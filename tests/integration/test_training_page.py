@@ -27,7 +27,7 @@ from nrrn_pipeline.volume import read_box
 from tests.browser import chromium
 from tests.commands import Nrrn
 from tests.integration.test_page import Page
-from tests.support import bare_zarr, ome_image, tiny_weights
+from tests.support import bare_zarr, image_like, ome_image, tiny_weights
 
 SHAPE = (24, 64, 72)
 HELD_OUT = [11, 12]
@@ -100,7 +100,7 @@ def test_the_page_tells_of_the_training_and_shows_slices_that_it_did_not_learn_f
     assert told["measured"] == f"11:13,0:64,0:72 of {trained / 'raw.zarr'}, held out from training"
     assert [text for text in page.text_in("th") if text in ("input", "denoised")] == ["input", "denoised"]
     captions = " ".join(page.text_in("figcaption"))
-    for shown in ("Loss by step", "Noise of the first source", "What was removed", "Autocorrelation"):
+    for shown in ("Loss by step", f"Noise of {trained / 'raw.zarr'}", "What was removed", "Autocorrelation"):
         assert shown in captions
 
 
@@ -128,7 +128,7 @@ def test_nrrn_train_makes_it_once_the_weights_are_there_and_a_browser_shows_it(
     assert said.out.splitlines()[-1] == f"{page}: how {tmp_path / 'w.safetensors'} was trained"
     told = facts(Page(page.read_text()))
     assert told["measured"].startswith("8:16,0:64,0:72")
-    assert told["measured"].endswith("from which it learnt: no slices of it were held out")
+    assert told["measured"].endswith("from which it learnt: no slices were held out")
     with chromium(tmp_path) as browser:
         browser.open(page)
         assert browser.value("document.title") == "How w.safetensors was trained"
@@ -170,6 +170,30 @@ def test_slices_shown_are_few_and_in_the_middle_of_those_held_out(
     assert facts(Page((tmp_path / "w.html").read_text()))["measured"].startswith("8:16,8:64,0:40 of ")
 
 
+def test_of_several_volumes_one_is_shown_of_which_slices_were_held_out(
+    retold: Callable[..., Path], tmp_path: Path, nrrn: Nrrn
+) -> None:
+    def another_first(record: dict[str, Any]) -> None:
+        record["volumes"].insert(0, record["volumes"][0] | {"held_out": [], "source": "/gone/raw.zarr"})
+
+    said = nrrn("weights", "page", retold(another_first), "--out", tmp_path / "w.html", "--device", "cpu")
+    assert said.status == 0, said.err
+    assert facts(Page((tmp_path / "w.html").read_text()))["measured"].endswith("raw.zarr, held out from training")
+
+
+@pytest.mark.parametrize("by", ["frame", "mask"])
+def test_it_shows_where_there_is_something_to_see(tmp_path: Path, nrrn: Nrrn, by: str) -> None:
+    """Not the middle of a part that is a frame of zeros there, or that the mask leaves out."""
+    voxels, mask = image_like((24, 200, 240)), np.zeros((24, 200, 240), np.uint8)
+    mask[:, 100:190, 160:] = 1
+    source = bare_zarr(tmp_path / "raw.zarr", voxels * mask if by == "frame" else voxels)
+    beside = bare_zarr(tmp_path / "mask.zarr", mask) if by == "mask" else None
+    train(TrainingVolume(source, mask=beside), tmp_path / "w.safetensors", replace(TINY, loss="adjacent", steps=2))
+    said = nrrn("weights", "page", tmp_path / "w.safetensors", "--out", tmp_path / "w.html", "--device", "cpu")
+    assert said.status == 0, said.err
+    assert facts(Page((tmp_path / "w.html").read_text()))["measured"].startswith("11:13,96:192,160:240 of ")
+
+
 def test_a_level_of_a_pyramid_is_found_again(tmp_path: Path, nrrn: Nrrn) -> None:
     voxels = np.random.default_rng(0).integers(90, 160, (1, 1, 24, 32, 40), np.uint8)
     source = ome_image(tmp_path / "raw.ome.zarr", voxels, levels=2)
@@ -180,7 +204,7 @@ def test_a_level_of_a_pyramid_is_found_again(tmp_path: Path, nrrn: Nrrn) -> None
     page = Page((tmp_path / "w.html").read_text())
     assert facts(page)["measured"] == f"11:13,0:16,0:20 of {source}/1, held out from training"
     assert pictures(page)["input"].shape == (16, 20)
-    assert "Noise of the first source" not in " ".join(page.text_in("figcaption"))  # this loss needs none
+    assert "Noise of" not in " ".join(page.text_in("figcaption"))  # this loss needs none
 
 
 DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
@@ -197,7 +221,11 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "odd trials": (lambda record: record.update({TRIED: ["x"]}), "is damaged, or of another version"),
     "odd looks": (lambda record: record.update(validation={"best_step": []}), "is damaged, or of another version"),
-    "another shape": (lambda record: record["volumes"][0].update(shape=[24, 64, 99]), "has shape (24, 64, 72), but"),
+    "another shape": (
+        lambda record: record["volumes"][0].update(shape=[24, 64, 99]),
+        "is uint8 of shape (24, 64, 72)",
+    ),
+    "another dtype": (lambda record: record["volumes"][0].update(dtype="uint16"), "learnt from uint16 of (24, 64, 72)"),
     "gone": (lambda record: record["volumes"][0].update(source="/gone/raw.zarr"), "no volume at /gone/raw.zarr"),
 }
 
@@ -225,7 +253,7 @@ def test_weights_without_a_training_of_ours_are_refused(tmp_path: Path, nrrn: Nr
     assert expected in said.err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("lacks", ["matplotlib", "pywt", "folder", "free name", "own name"])
+@pytest.mark.parametrize("lacks", ["matplotlib", "pywt", "folder", "free name", "own name", "voxels"])
 def test_a_page_that_cannot_be_made_is_refused_before_training(
     trained: Path, tmp_path: Path, nrrn: Nrrn, monkeypatch: pytest.MonkeyPatch, lacks: str
 ) -> None:
@@ -237,12 +265,14 @@ def test_a_page_that_cannot_be_made_is_refused_before_training(
     if lacks in ("matplotlib", "pywt"):
         monkeypatch.setitem(sys.modules, lacks, None)
     monkeypatch.setattr("nrrn_pipeline.cli.training.train_weights", None)  # called, it would be an error
-    said = nrrn("train", trained / "raw.zarr", "--out", tmp_path / "w.safetensors", *WORDS, "--page", page)
+    part = ("--roi", "0:24,0:64,0:10") if lacks == "voxels" else ()
+    said = nrrn("train", trained / "raw.zarr", "--out", tmp_path / "w.safetensors", *WORDS, *part, "--page", page)
     assert said.status == 2
     (line,) = said.err.splitlines()
     expected = {
         "folder": "its folder is missing",
         "free name": "exists: choose another file",
+        "voxels": "that takes 11 x 11 voxels at least",
         "own name": "where something else is to be written",
     }
     assert expected.get(lacks, "pip install nrrn-pipeline[evaluation]") in line

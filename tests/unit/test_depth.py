@@ -155,7 +155,7 @@ def test_trials_that_are_damaged_are_refused(crops: Triplets, tmp_path: Path) ->
 
 
 def test_without_slices_held_out_units_cannot_be_chosen(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"units auto is not possible here: .* name the --units"):
+    with pytest.raises(InputError, match=r"of \d+ none is \(--hold-out is 0\): name the --units"):
         train(source, tmp_path / "w.safetensors", replace(TINY, hold_out=0))
     assert [*tmp_path.iterdir()] == [source]
 

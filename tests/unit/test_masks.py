@@ -15,7 +15,7 @@ from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Span
 from nrrn_pipeline.training import masks
 from nrrn_pipeline.training.fit import TrainSettings
-from nrrn_pipeline.training.masks import BLOCK, best_window, blocks_of
+from nrrn_pipeline.training.masks import BLOCK, best_window, blocks_of, image_blocks
 from nrrn_pipeline.training.material import Material, TrainingVolume
 from nrrn_pipeline.training.triplets import Triplets, triplets
 from nrrn_pipeline.volume import Volume, open_volume
@@ -42,6 +42,17 @@ def test_blocks_have_what_the_mask_has(data: st.DataObject) -> None:
     for z, y, x in np.argwhere(voxels):
         if all(span.start <= at < span.stop for span, at in zip(box.spans, (z, y, x), strict=True)):
             expected[z - box.z.start, y // BLOCK, x // BLOCK] = True
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_blocks_of_a_frame_have_no_image(tmp_path: Path) -> None:
+    voxels = np.zeros(SHAPE, np.uint8)
+    voxels[:, 20:60, 40:] = 7
+    voxels[2, 70, 5:] = 9
+    volume = open_volume(bare_zarr(tmp_path / "v.zarr", voxels))
+    found = image_blocks(volume, Box(Span(1, 3), *volume.box.spans[1:]))
+    expected = np.zeros((2, 7, 6), bool)
+    expected[:, 1:4, 2] = expected[1, 4, 0] = True  # where it begins
     np.testing.assert_array_equal(found, expected)
 
 

@@ -82,6 +82,12 @@ def test_a_number_of_processes_that_is_none_is_refused(number: str) -> None:
         this_process({**TORCHRUN, "WORLD_SIZE": number})
 
 
+@pytest.mark.parametrize(("number", "why"), [("0", "no process can be one of 0"), ("3", "RANK is 3, of 0 to 2")])
+def test_a_process_beyond_their_number_is_refused(number: str, why: str) -> None:
+    with pytest.raises(InputError, match=f"but {why}: start them with torchrun"):
+        this_process({**TORCHRUN, "WORLD_SIZE": number})
+
+
 def test_each_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
