@@ -117,7 +117,7 @@ class Architecture:
             return 4 * (2 * self.channels + 8) * pixels  # a layer's maps in and out, and single ones
         if self.kind == "unet":
             return 4 * (7 * self.channels + 8) * pixels  # where the finest maps are joined
-        return activation_bytes(self.units, self.channels, pixels, images)
+        return activation_bytes(self.channels, pixels, images)
 
     def refuse_images(self, images: int) -> None:
         """Raises InputError unless a slice can be estimated from so many: NRRN's from 3, 2 or 1, others' as trained."""
@@ -190,11 +190,9 @@ def flop_per_voxel(units: int, channels: int, images: int = 3) -> int:
     return 2 * 9 * (inner * channels**2 + outer * channels)
 
 
-def activation_bytes(units: int, channels: int, pixels: int, images: int = 3) -> int:
-    """Memory that NRRN's `denoise` takes, in float32, for slices of `pixels` pixels: states held and maps in work.
+def activation_bytes(channels: int, pixels: int, images: int = 3) -> int:
+    """Memory that NRRN's `denoise` takes, in float32, for slices of `pixels` pixels, as measured.
 
-    The maps in work (24 C for two branches, 12 C for one) are the most that one unit holds at a time, as measured.
+    Of three images 28 C maps, 9 C of which the centres keep for their second neighbour; else 16 C; and single ones.
     """
-    held = 3 if images == 3 else 1
-    maps = held * units * 4 + (24 if images == 3 else 12)
-    return 4 * maps * channels * pixels
+    return 4 * ((28 if images == 3 else 16) * channels + 8) * pixels

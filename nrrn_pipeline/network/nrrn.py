@@ -14,7 +14,7 @@ denoised slice is the mean of the branches of both neighbours. C channels, L bui
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from typing import Literal, cast
 
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from nrrn_pipeline.network.architecture import Architecture, DenoisingNetwork
 
-# Slices of a triplet (0 is z-1, 1 is z, 2 is z+1) that serve as neighbours, by the number of images used.
-NEIGHBOURS = {3: (0, 2), 2: (0,), 1: (1,)}
+# How many slices further on the centres lie that a slice is a neighbour of, by the number of images used.
+SERVES = {3: (1, -1), 2: (1,), 1: (0,)}
 
 
 def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
@@ -37,28 +37,49 @@ def noise_attention(h: Tensor) -> Tensor:
     return h[:, :1] * torch.sigmoid(h.amax(dim=1, keepdim=True))
 
 
-class BuildingUnit(nn.Module):
-    """Update gate, reset gate and synthesizer of one unit; the convolutions of all three stand side by side.
+Step = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def unit_step(x: Tensor, w: Tensor, h_n: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """All of a building unit but its convolutions; differentiable.
+
+    x (n, 1, y, x) estimate, w = W * h_c and v = V * h_n (n, 3C, y, x), h_n (n, C, y, x) -> the next x and h_c.
 
         u = sigmoid(Wu * h_c + Vu * h_n)        r = sigmoid(Wr * h_c + Vr * h_n)
         c = tanh(Wc * h_c + r o (Vc * h_n))     next h_c = u o h_n + (1 - u) o c
 
     The paper's eq. 1 exchanges u and 1 - u; the authors' tool does it so, and its checkpoints load here.
     """
+    w_update, w_reset, w_candidate = w.chunk(3, dim=1)
+    v_update, v_reset, v_candidate = v.chunk(3, dim=1)
+    update = torch.sigmoid(w_update + v_update)
+    reset = torch.sigmoid(w_reset + v_reset)
+    candidate = torch.tanh(w_candidate + reset * v_candidate)
+    h_c = torch.lerp(candidate, h_n, update)
+    x = x + noise_attention(h_c)
+    return x, torch.cat([torch.tanh(x).to(h_c.dtype), h_c[:, 1:]], dim=1)
+
+
+def unit_step_in_place(x: Tensor, w: Tensor, h_n: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in the memory of w, which is lost; for inference, where memory is what takes the time."""
+    channels = h_n.shape[1]
+    gates, candidate = w[:, : 2 * channels], w[:, 2 * channels :]
+    gates.add_(v[:, : 2 * channels]).sigmoid_()
+    update, reset = gates.split(channels, dim=1)
+    candidate.addcmul_(reset, v[:, 2 * channels :]).tanh_()
+    h_c = torch.lerp(candidate, h_n, update)
+    x = x + noise_attention(h_c)
+    h_c[:, :1] = torch.tanh(x)
+    return x, h_c
+
+
+class BuildingUnit(nn.Module):
+    """The convolutions of one unit: update gate, reset gate and synthesizer stand side by side."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.centre = conv3x3(channels, 3 * channels)  # Wu, Wr, Wc
         self.neighbour = conv3x3(channels, 3 * channels)  # Vu, Vr, Vc
-
-    def forward(self, h_c: Tensor, h_n: Tensor, v: Tensor) -> Tensor:
-        """Centre state, neighbour state (n, C, y, x) and v = V * h_n (n, 3C, y, x) -> the next centre state."""
-        w_update, w_reset, w_candidate = self.centre(h_c).chunk(3, dim=1)
-        v_update, v_reset, v_candidate = v.chunk(3, dim=1)
-        update = torch.sigmoid(w_update + v_update)
-        reset = torch.sigmoid(w_reset + v_reset)
-        candidate = torch.tanh(w_candidate + reset * v_candidate)
-        return torch.lerp(candidate, h_n, update)
 
 
 class NRRN(DenoisingNetwork):
@@ -75,40 +96,49 @@ class NRRN(DenoisingNetwork):
         self._initialise()
 
     def forward(self, neighbour: Tensor, centre: Tensor, estimates: bool = False) -> Tensor:
-        """One branch: (n, 1, y, x) neighbour and centre -> (n, 1, y, x) estimate of the clean centre.
+        """Branches: (n, 1, y, x) neighbours and centres -> (n, 1, y, x) estimates of the clean centres.
 
-        With `estimates`, (n, L+1, y, x): the estimate after every building unit, then the final one (Fig. 5).
+        Or a multiple of n neighbours: the centres, in their order, are each one's again. With `estimates`, (n, L+1, y,
+        x): the estimate after every building unit, then the final one (Fig. 5).
         """
-        every = list(self._estimates(centre, self._neighbour_states(neighbour)))
+        times = (len(neighbour) // len(centre), 1, 1, 1)
+        w = self._seen(centre).repeat(times)
+        every = list(self._estimates(centre.repeat(times), w, self._neighbour_states(neighbour), unit_step))
         return torch.cat(every, dim=1) if estimates else every[-1]
 
     def estimate(self, triplet: Tensor) -> Tensor:
         """(n, 3, y, x) normalised triplets -> (n, 1, y, x): the mean of both neighbours' branches; differentiable."""
         before, centre, after = triplet.split(1, dim=1)
-        both: Tensor = self(torch.cat([before, after]), torch.cat([centre, centre]))
+        both: Tensor = self(torch.cat([before, after]), centre)
         return torch.stack(both.chunk(2)).mean(dim=0)
 
     @torch.inference_mode()
-    def denoise(self, stack: Tensor, images: int = 3) -> Tensor:
+    def denoise(self, stack: Tensor, images: int = 3, step: Step = unit_step_in_place) -> Tensor:
         """(z+2, y, x) normalised stack -> (z, y, x) estimate of all slices but the first and the last.
 
-        Each slice's neighbour states are computed once and serve both triplets that it is a neighbour in; three
-        slices' are held at a time. `images`: 3 is the paper's method; 2 uses the slice before only; 1 the slice alone.
+        Slice by slice as neighbours: each serves both triplets that it is a neighbour in, unit by unit, so its states
+        are computed once, and one unit's are held at a time. `images`: 3 is the paper's method; 2 uses the slice before
+        only; 1 the slice alone. `step`: the same as unit_step, compiled perhaps.
         """
-        result = torch.empty_like(stack[1:-1])
-        states: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        for z in range(len(result)):
-            neighbours = [z + offset for offset in NEIGHBOURS[images]]
-            for i in neighbours:
-                if i not in states:
-                    states[i] = list(self._neighbour_states(stack[None, None, i]))
-            branches = zip(*(states[i] for i in neighbours), strict=True)
-            joined = ((torch.cat([h for h, _ in unit]), torch.cat([v for _, v in unit])) for unit in branches)
-            for estimate in self._estimates(stack[None, None, z + 1], joined):  # noqa: B007
+        last, estimates = len(stack) - 2, torch.zeros_like(stack[1:-1])
+        seen: dict[int, Tensor] = {}  # until their second neighbour comes
+        for i in range(len(stack)):
+            centres = [i + apart for apart in SERVES[images] if 1 <= i + apart <= last]
+            if not centres:
+                continue
+            seen |= {z: self._seen(stack[None, None, z]) for z in centres if z not in seen}
+            every = self._estimates(
+                stack[centres, None],
+                torch.cat([seen[z] for z in centres]),  # held by nobody else: its memory is free after the first unit
+                self._neighbour_states(stack[None, None, i]),
+                step,
+            )
+            seen.pop(i + min(SERVES[images]), None)
+            for estimate in every:  # noqa: B007
                 pass  # only the last one counts here, and holding none before it saves memory
-            result[z] = estimate.mean(dim=(0, 1))
-            states.pop(z, None)
-        return result
+            for z, found in zip(centres, estimate, strict=True):
+                estimates[z - 1] += found[0]
+        return estimates / len(SERVES[images])
 
     @torch.inference_mode()
     def after_each_unit(self, stack: Tensor) -> Tensor:
@@ -117,27 +147,43 @@ class NRRN(DenoisingNetwork):
         estimates = []
         for triplet in triplets:
             before, centre, after = triplet[:, None, None]
-            both = self(torch.cat([before, after]), torch.cat([centre, centre]), estimates=True)
+            both = self(torch.cat([before, after]), centre, estimates=True)
             estimates.append(both.mean(dim=0))
         return torch.stack(estimates, dim=1)
 
+    def _seen(self, centre: Tensor) -> Tensor:
+        """What the first unit sees of centres (n, 1, y, x): W * h_c (n, 3C, y, x), which both neighbours share."""
+        w: Tensor = self._unit(0).centre(self._entered(centre))
+        return w
+
+    def _entered(self, slices: Tensor) -> Tensor:
+        """(n, 1, y, x) -> (n, C, y, x) states, in the weights' precision; estimates stay in that of the slices."""
+        return torch.relu(self.first(slices.to(self.first.weight.dtype)))
+
     def _neighbour_states(self, neighbour: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """For every unit h_n (n, C, y, x) and V * h_n (n, 3C, y, x): all that a branch needs of its neighbour."""
-        h_n = torch.relu(self.first(neighbour))
-        for unit in self.units:
+        h_n = self._entered(neighbour)
+        for unit in range(len(self.units)):
             h_n = torch.tanh(self.advance(h_n))
-            yield h_n, cast("BuildingUnit", unit).neighbour(h_n)
+            yield h_n, self._unit(unit).neighbour(h_n)
 
-    def _estimates(self, centre: Tensor, states: Iterable[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-        """The branch's estimate (n, 1, y, x) after every unit, then the final one; one centre serves n neighbours."""
-        x = centre
-        h_c = torch.relu(self.first(centre))
-        for unit, (h_n, v) in zip(self.units, states, strict=True):
-            h_c = unit(h_c, h_n, v)
-            x = x + noise_attention(h_c)
+    def _estimates(self, x: Tensor, w: Tensor, states: Iterable[tuple[Tensor, Tensor]], step: Step) -> Iterator[Tensor]:
+        """The branches' estimates (n, 1, y, x) after every unit, then the final ones.
+
+        x: centres (n, 1, y, x); w: what the first unit sees of them; states: of n neighbours, or of one for all.
+        """
+        h = w  # what a unit sees of the centres, then their state: never both, nor the neighbours' of two units
+        del w
+        for unit, (h_n, v) in enumerate(states):
+            if unit > 0:
+                h = self._unit(unit).centre(h)
+            x, h = step(x, h, h_n, v)
+            del h_n, v
             yield x
-            h_c = torch.cat([torch.tanh(x), h_c[:, 1:]], dim=1)
-        yield x + noise_attention(self.last(torch.relu(h_c)))
+        yield x + noise_attention(self.last(torch.relu(h)))
+
+    def _unit(self, number: int) -> BuildingUnit:
+        return cast("BuildingUnit", self.units[number])
 
     @torch.no_grad()
     def _initialise(self) -> None:

@@ -275,7 +275,7 @@ def test_an_nrrns_architecture_tells_what_its_functions_tell() -> None:
     ours = Architecture("nrrn", 3, 8, "neighbours")
     assert ours.reach == reach_of(3)
     assert ours.flop_per_voxel(2) == flop_per_voxel(3, 8, 2)
-    assert ours.activation_bytes(100, 1) == activation_bytes(3, 8, 100, 1)
+    assert ours.activation_bytes(100, 1) == activation_bytes(8, 100, 1)
     assert NRRN(3, 8).architecture == ours
 
 
