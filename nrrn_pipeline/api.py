@@ -39,6 +39,7 @@ from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.planning import DenoisePlan, Layout, Method, plan_denoise
 from nrrn_pipeline.preparing import Location, make_plan, plan_for, shape_of
+from nrrn_pipeline.profiling import Profile
 from nrrn_pipeline.run import Progress, check_output, run_plan
 from nrrn_pipeline.runners import DaskRunner, Runner, ThreadRunner, run_serially
 from nrrn_pipeline.sharing import run_share
@@ -87,6 +88,7 @@ class Summary:
     voxels: int
     seconds: float
     peak_memory_bytes: int
+    profile: Profile
 
 
 class RunWatch:
@@ -159,19 +161,20 @@ def carry_out(
 
     Raises what denoise raises.
     """
-    started, resumed, done, voxels, peak = perf_counter(), None, 0, 0, 0
+    started, resumed, done, voxels, peak, profile = perf_counter(), None, 0, 0, 0, Profile()
     if options.share is None:
         run = run_plan(made, runner, options.device, options.overwrite, again)
     else:
         run = run_share(made, options.share, runner, options.device)
     for progress in run:
         watch.progressed(progress)
+        profile.add(progress, perf_counter() - started)
         if progress.stage == "denoising":
             voxels = progress.voxels
             resumed = progress.done if resumed is None else resumed
             if progress.record is not None:
                 done, peak = done + 1, max(peak, progress.record.peak_memory_bytes)
-    return Summary(made, len(made.slabs), resumed or 0, done, voxels, perf_counter() - started, peak)
+    return Summary(made, len(made.slabs), resumed or 0, done, voxels, perf_counter() - started, peak, profile)
 
 
 def add_noise(
@@ -201,7 +204,7 @@ def repair(
     """Denoise again exactly the slabs of an output that verify(deep=True) finds damaged; what was wrong, and a summary.
 
     Source and settings are those that the output was made with, and so are the weights unless given (they may have
-    moved). Of `options` only device, cluster, keys, workers and prefetch count.
+    moved). Of `options` only device, precision, cluster, keys, workers and prefetch count.
 
     Raises InputError if there is no output of denoise, its source or weights are gone or changed, or its metadata are
     damaged.
@@ -224,7 +227,8 @@ def repair(
         slab, chunk, shard = (shape_of(settings[name]) for name in ("slab", "chunk", "shard"))
         layout = Layout(slab, chunk, shard, settings["tile"], settings["halo"])
         name = settings["filter"]["name"] if "filter" in settings else None
-        method = Method(settings["images"], settings["statistics"], name, settings.get("stitch", "crop"))
+        stitch, precision = settings.get("stitch", "crop"), (options or Options()).method.precision
+        method = Method(settings["images"], settings["statistics"], name, stitch, precision)
         source, level = _source_of(settings["source"], provenance["source group"])
         roi, used = Box.parse(settings["roi"]), weights or provenance["weights"]
     except (LookupError, ValueError, TypeError, AttributeError) as error:
@@ -257,7 +261,7 @@ def _in_slot(made: DenoisePlan, device: str) -> Network:
     if made.denoiser == PAPER:
         return in_slot(PAPER.architecture.build().eval(), device, made.method.images)
     assert not isinstance(made.denoiser, Noise)
-    return load_network(made.denoiser, device, made.method.images)
+    return load_network(made, device)[0]
 
 
 def _source_of(array_url: str, group_url: str) -> tuple[str, int]:

@@ -6,14 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
-from nrrn_pipeline.denoisers import Weights
+from nrrn_pipeline.denoisers import Weights, stack_bytes, working_bytes
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.filters import Filter
 from nrrn_pipeline.geometry import Box
 from nrrn_pipeline.machine import cores, free_memory_bytes, threads_each
 from nrrn_pipeline.network import Network, seconds_per_pixel
 from nrrn_pipeline.noise import Noise
-from nrrn_pipeline.planning import DenoisePlan, Slab
+from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.statistics import statistics_boxes
 from nrrn_pipeline.volume import Volume
 
@@ -94,9 +93,11 @@ def worker_bytes(plan: DenoisePlan, at_once: int = 1) -> int:
     if plan.source.write_unit != plan.source.chunk:  # what is wanted of a shard comes in one piece
         decoding += fetched * item
     encoding = 3 * min(slab.keep.size, prod(plan.target.write_unit)) * item  # chunks, their shard, its bytes to send
-    # the tile, normalised in two steps, the estimate, scaled back; in float64 for float voxels
-    stack = len(slab.read.z) * pixels * (item + 4 * (8 if plan.source.dtype == "float32" else 4))
-    maps = _working_bytes(plan, slab, pixels)
+    stack = stack_bytes(len(slab.read.z), pixels, plan.source.dtype)
+    maps = working_bytes(plan.denoiser, pixels, plan.method.images)
+    if plan.method.stitch == "blend" and not isinstance(plan.denoiser, Noise):
+        # the sum, its mean, in grey levels, rounded: of float voxels in float64
+        maps += (24 if plan.source.dtype == "float32" else 20) * slab.keep.size
     boxes = statistics_boxes(plan.source, plan.statistics_z)
     measured = max(box.size * item + 16 * len(box.y) * len(box.x) for box in boxes)
     computing = voxels_in + voxels_out + stack + maps
@@ -129,7 +130,8 @@ def refuse_what_cannot_fit(plan: DenoisePlan, workers: int, at_once: int) -> Non
 
 def seconds_to_run(plan: DenoisePlan, network: Network, workers: int) -> float:
     """The network's time for the whole plan with that many local workers, from one tile timed here in a few seconds."""
-    window = (min(plan.tile, plan.source.shape[1]), min(plan.tile, plan.source.shape[2]))
+    cuts = next(plan.tiles(plan.slabs[0]))
+    window = (len(cuts[0].read), len(cuts[1].read))
     each = seconds_per_pixel(network, window, threads_each(workers))
     return each * plan.box.size * _tile_overhead(plan) / min(workers, len(plan.slabs))
 
@@ -146,21 +148,6 @@ def bytes_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.2f} {unit}"
         count /= 1000
     raise AssertionError("unreachable")
-
-
-def _working_bytes(plan: DenoisePlan, slab: Slab, pixels: int) -> int:
-    """What the denoiser takes for a tile, and stitching for the slab."""
-    match plan.denoiser:
-        case Weights():
-            found = plan.denoiser.architecture.activation_bytes(pixels, plan.method.images)
-        case Filter():
-            found = plan.denoiser.working_bytes(pixels)
-        case Noise():
-            return 0
-    if plan.method.stitch == "blend":
-        # the sum, its mean, in grey levels, rounded: of float voxels in float64
-        found += (24 if plan.source.dtype == "float32" else 20) * slab.keep.size
-    return found
 
 
 def _tile_overhead(plan: DenoisePlan) -> float:

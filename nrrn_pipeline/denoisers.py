@@ -52,6 +52,22 @@ class Weights:
 Denoiser = Weights | Filter | Noise
 
 
+def working_bytes(denoiser: Denoiser, pixels: int, images: int) -> int:
+    """Memory that it takes for a tile of `pixels` in y and x, beside the stack and the estimate."""
+    match denoiser:
+        case Weights():
+            return denoiser.architecture.activation_bytes(pixels, images)
+        case Filter():
+            return denoiser.working_bytes(pixels)
+        case Noise():
+            return 0
+
+
+def stack_bytes(slices: int, pixels: int, dtype: str) -> int:
+    """Of a tile's slices, normalised in two steps, the estimate, scaled back; in float64 for float voxels."""
+    return slices * pixels * (np.dtype(dtype).itemsize + 4 * (8 if dtype == "float32" else 4))
+
+
 def filter_for(name: str, volume: Volume, statistics: str) -> Filter:
     """The filter with its strength set from the noise of a volume, measured on crops spread over it.
 

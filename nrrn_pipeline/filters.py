@@ -206,6 +206,11 @@ class Filter:
         return _METHODS[self.name].grid
 
     @property
+    def lanes(self) -> int:
+        """One tile at a time."""
+        return 1
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Whatever changes a voxel, as JSON. Raises InputError if a package that the filter needs is missing."""
         packages = _METHODS[self.name].packages

@@ -35,7 +35,8 @@ from nrrn_pipeline.statistics import MeasuredBox, SliceStatistics, document_of, 
 class Record:
     """One finished slab. `peak_memory_bytes` is its worker process's so far; `finished` is seconds since 1970.
 
-    `objects`: each stored object's key below the array -> its bytes and their digest (storage.digest).
+    `objects`: each stored object's key below the array -> its bytes and their digest (storage.digest). `spent`: seconds
+    by stage. `arithmetic`: the network's precision, for people.
     """
 
     key: str
@@ -45,6 +46,8 @@ class Record:
     worker: str
     peak_memory_bytes: int
     objects: dict[str, tuple[int, str]] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)
+    arithmetic: str = ""
 
     @property
     def stored_bytes(self) -> int:

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from nrrn_pipeline.denoisers import Denoiser
+from nrrn_pipeline.denoisers import Denoiser, stack_bytes, working_bytes
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.filters import FILTERS
 from nrrn_pipeline.geometry import Box, Cut, Shape, Span, boxes_of, tiles_of
-from nrrn_pipeline.network import KINDS
+from nrrn_pipeline.network import KINDS, refuse_unknown_precision
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.volume import MAX_AXIS, Volume, refuse_unwritable
 
@@ -25,6 +25,7 @@ ALGORITHM = 1  # raised whenever the same settings would give other voxels than 
 
 CHUNK: Shape = (16, 256, 256)  # 1 MiB of uint8: what a viewer fetches at a time
 SHARD: Shape = (64, 512, 512)  # 16 MiB of uint8: few files, yet one task's worth
+TILE_BYTES = 2**30  # for one tile: its stack of slices, and what the network makes of it
 MAX_SLABS = 2**22  # a driver keeps about a kB of each
 
 
@@ -37,12 +38,15 @@ class Method:
 
     name: a filter's, in the network's place, or the kind of network that the weights must hold; None: what they hold.
     stitch: "crop", the paper's; or "blend": tiles are weighted where they overlap, which keeps what their edges spoil.
+    precision: of a network's arithmetic, "float32", "float16" or "bfloat16"; or "auto": on a GPU one of these two if it
+    gives all but the same, which each worker measures. As the device, it changes roundings alone, and may change.
     """
 
     images: int = 3
     statistics: str = "slice"
     name: str | None = None
     stitch: str = "crop"
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         """Raises InputError for what is no method."""
@@ -56,6 +60,7 @@ class Method:
             raise InputError(f"images {self.images} are for networks: the filter {self.name} takes what its name says")
         if self.stitch not in STITCHES:
             raise InputError(f"stitch {self.stitch!r} is unknown: use {' or '.join(STITCHES)}")
+        refuse_unknown_precision(self.precision)
 
     @property
     def filter(self) -> bool:
@@ -67,13 +72,14 @@ class Method:
 class Layout:
     """How the work is cut and the output stored, in voxels; None takes the default.
 
+    tile: side of the largest window that the network sees; by default what computes the least within TILE_BYTES.
     growing: for a source that will have more slices, so that its depth of today decides nothing.
     """
 
     slab: Shape | None = None
     chunk: Shape | None = None
     shard: Shape | None = None
-    tile: int = 256
+    tile: int | None = None
     halo: int | None = None
     growing: bool = False
 
@@ -206,9 +212,21 @@ def plan_denoise(
     halo = reach if layout.halo is None else layout.halo
     if halo < reach:
         raise InputError(f"halo {halo} is less than the method's reach {reach}: seams would show; use {reach} or more")
-    if layout.tile < (least := 2 * halo + denoiser.grid):
-        raise InputError(f"tile {layout.tile} keeps nothing beside a halo of {halo} on each side: use {least} or more")
-    return DenoisePlan(source, target, box, denoiser, slab, layout.tile, halo, method, layout.growing)
+    tile = tile_for(denoiser, method, source.dtype, slab, halo) if layout.tile is None else layout.tile
+    if tile < (least := 2 * halo + denoiser.grid):
+        raise InputError(f"tile {tile} keeps nothing beside a halo of {halo} on each side: use {least} or more")
+    return DenoisePlan(source, target, box, denoiser, slab, tile, halo, method, layout.growing)
+
+
+def tile_for(denoiser: Denoiser, method: Method, dtype: str, slab: Shape, halo: int) -> int:
+    """Side of the windows, as few and large as a slab's planes can be cut into within TILE_BYTES of memory."""
+    side = max(slab[1:])
+    for pieces in range(1, side + 1):
+        tile = -(-side // pieces) + 2 * (halo + denoiser.grid - 1)
+        taken = working_bytes(denoiser, tile**2, method.images) + stack_bytes(slab[0] + 2, tile**2, dtype)
+        if taken <= TILE_BYTES:
+            break
+    return tile
 
 
 def refuse_outside(part: Box, whole: Box, name: str = "roi") -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from time import perf_counter, time
@@ -24,13 +25,18 @@ from nrrn_pipeline.filters import Filter
 from nrrn_pipeline.geometry import Box, Cut, Span
 from nrrn_pipeline.ledger import Ledger, Record
 from nrrn_pipeline.machine import peak_memory_bytes
-from nrrn_pipeline.network import Network, bytes_hash, in_slot, parse_weights
+from nrrn_pipeline.network import Network, bytes_hash, choose_device, fastest_in_slot, in_slot, parse_weights
 from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.planning import DenoisePlan, Slab
 from nrrn_pipeline.shipped import read_weights
 from nrrn_pipeline.statistics import SliceStatistics
-from nrrn_pipeline.stitching import blended, cropped
+from nrrn_pipeline.stitching import blended
+from nrrn_pipeline.stopwatch import Stopwatch
 from nrrn_pipeline.volume import read_box, write_box
+
+WORST_LEVELS = 0.5  # grey levels, root mean square, by which a faster precision may differ from float32 for uint8
+WORST_OF_STD = 1 / 64  # for any dtype, of a slice's standard deviation: half a level of 32
+SAMPLES = 8  # slabs that are looked at for an image
 
 # one slab computes at a time: with two in a process, the other is read, or written, meanwhile
 _computing, _loading = threading.Lock(), threading.Lock()
@@ -53,19 +59,28 @@ def denoise_slab(plan: DenoisePlan, device: str, task: SlabTask) -> Record:
     Raises InputError if the weights, the device or the output are not the planned ones, RunError if the network gives
     numbers that are not finite, and whatever storage raises.
     """
-    started = perf_counter()
-    slab = task.slab
+    started, slab, watch, arithmetic = perf_counter(), task.slab, Stopwatch(), ""
     if isinstance(plan.denoiser, Noise):
-        denoised = plan.denoiser.added(read_box(plan.source, slab.keep), slab.keep)
+        with watch.during("decode"):
+            noisy = read_box(plan.source, slab.keep)
+        with watch.during("prepare"):
+            denoised = plan.denoiser.added(noisy, slab.keep)
     else:
-        network = load_network(plan.denoiser, device, plan.method.images)
-        noisy = read_box(plan.source, slab.read)
-        with _computing:
-            denoised = denoise_voxels(noisy, task, network, plan)
+        with watch.during("load"):
+            network, arithmetic = load_network(plan, device)
+        with watch.during("decode"):
+            noisy = read_box(plan.source, slab.read)
+        with watch.during("wait"):
+            _computing.acquire()
+        try:
+            denoised = denoise_voxels(noisy, task, network, plan, watch)
+        finally:
+            _computing.release()
         del noisy  # the next slab may be on its way
     ledger = Ledger(plan.target.url)
     ledger.refuse_others(plan)  # as late as can be: a task may outlive the run that sent it
-    objects = write_box(plan.target, plan.target_box(slab), denoised)
+    with watch.during("encode"):
+        objects = write_box(plan.target, plan.target_box(slab), denoised)
     record = Record(
         key=slab.key,
         voxels=slab.keep.size,
@@ -74,6 +89,8 @@ def denoise_slab(plan: DenoisePlan, device: str, task: SlabTask) -> Record:
         worker=f"{socket.gethostname()}:{os.getpid()}",
         peak_memory_bytes=peak_memory_bytes(),
         objects=objects,
+        spent={stage: round(seconds, 6) for stage, seconds in watch.seconds.items()},
+        arithmetic=arithmetic,
     )
     ledger.put(record)  # last: a slab is done when, and only when, it is recorded
     return record
@@ -89,53 +106,135 @@ def read_weights_of(weights: Weights) -> bytes:
     return data
 
 
-def load_network(denoiser: Weights | Filter, device: str, images: int) -> Network:
-    """The filter itself, or the network of the weights, loaded once a process.
+def load_network(plan: DenoisePlan, device: str) -> tuple[Network, str]:
+    """The plan's filter, or the network of its weights, loaded once a process; and its precision, for people.
 
-    Raises InputError if the file is not the one that was planned with: a worker that sees another file under the same
-    path would otherwise write slabs that do not fit the rest.
+    Raises InputError if the weights are not those that were planned with: a worker that sees another file under the
+    same path would otherwise write slabs that do not fit the rest.
     """
-    if isinstance(denoiser, Filter):
-        return denoiser
+    if isinstance(plan.denoiser, Filter):
+        return plan.denoiser, ""
     with _loading:  # once, though two slabs may begin at a time
-        return _loaded(denoiser, device, images)
+        return _loaded(plan, device)
 
 
 @lru_cache(maxsize=1)
-def _loaded(weights: Weights, device: str, images: int) -> Network:
-    return in_slot(parse_weights(read_weights_of(weights), weights.path), device, images)
+def _loaded(plan: DenoisePlan, device: str) -> tuple[Network, str]:
+    weights, images, precision = plan.denoiser, plan.method.images, plan.method.precision
+    assert isinstance(weights, Weights)
+    network = parse_weights(read_weights_of(weights), weights.path)
+    if precision != "auto" or choose_device(device).type == "cpu":
+        precision = "float32" if precision == "auto" else precision
+        return in_slot(network, device, images, precision), precision
+    sample = sample_of(plan)
+    if sample is None:
+        return in_slot(network, device, images), "float32, as there is no image to try others on"
+    levels = sample.std(axis=(1, 2), dtype=np.float64, keepdims=True)
+    normal = ((sample - sample.mean(axis=(1, 2), keepdims=True)) / levels).astype(np.float32)
+    std, allowed = float(levels[1, 0, 0]), float(levels[1, 0, 0]) * WORST_OF_STD
+    allowed = min(allowed, WORST_LEVELS) if plan.source.dtype == "uint8" else allowed
+    found, precision, off = fastest_in_slot(network, device, images, normal, allowed / std)
+    told = ", ".join(f"{name} {apart * std:.3g}" for name, apart in off.items())
+    return found, f"{precision}; grey levels from float32, {allowed:.3g} allowed: {told}"
 
 
-def denoise_voxels(noisy: NDArray[Any], task: SlabTask, network: Network, plan: DenoisePlan) -> NDArray[Any]:
+def sample_of(plan: DenoisePlan) -> NDArray[Any] | None:
+    """(3, y, x) voxels of one tile in a slab in the middle, or the next that has an image there; None: none has.
+
+    The same for every worker, so that all with the same GPU decide alike.
+    """
+    slabs = plan.slabs
+    for slab in slabs[len(slabs) // 2 :][:SAMPLES]:
+        y, x = next(plan.tiles(slab))
+        middle = (slab.keep.z.start + slab.keep.z.stop) // 2
+        voxels = read_box(plan.source, Box(Span(middle, middle + 1).grown(1, plan.source.box.z), y.read, x.read))
+        if len(voxels) == 3 and voxels.std(axis=(1, 2)).min() > 0:
+            return voxels
+    return None
+
+
+def denoise_voxels(
+    noisy: NDArray[Any], task: SlabTask, network: Network, plan: DenoisePlan, watch: Stopwatch | None = None
+) -> NDArray[Any]:
     """The noisy voxels of `slab.read` -> the denoised voxels of `slab.keep`, in the same dtype.
 
-    A blank slice passes through unchanged. Raises RunError if the network gives numbers that are not finite.
+    A blank slice passes through unchanged. `watch` is told how long the network took, and how long all else.
+
+    Raises RunError if the network gives numbers that are not finite.
     """
-    slab, statistics = task.slab, task.statistics
-    stitched = cropped if plan.method.stitch == "crop" else blended
+    slab, statistics, started, timed = task.slab, task.statistics, perf_counter(), _Timed(network)
     denoised = noisy[slab.keep.within(slab.read)].copy()
     for stack_z in stacks_of(slab.keep.z, _not_blank(statistics)):
         rows = [z - slab.read.z.start for z in stack_z]
         # float voxels may lie far from 0, or close together: there float32 would lose what distinguishes them
         accurate = np.dtype("float64" if noisy.dtype.kind == "f" else "float32")
         mean, std = (_of_slices(values, rows, accurate) for values in (statistics.mean, statistics.std))
-        first, last = stack_z[1] - slab.keep.z.start, stack_z[-2] - slab.keep.z.start
-        stack_of = partial(_normal_stack, noisy, slab.read, rows, (mean, std))
-        tiles = ((y, x, network(stack_of(y, x))) for y, x in plan.tiles(slab))
-        for place, estimate in stitched(tiles, slab.keep):
-            in_levels = estimate * std[1:-1] + mean[1:-1]
-            denoised[first : last + 1, *place] = _as_dtype(in_levels, noisy.dtype)
+        stack = _Stack(noisy, slab.read, rows, mean, std)
+        to = denoised[stack_z[1] - slab.keep.z.start : stack_z[-2] - slab.keep.z.start + 1]
+        if plan.method.stitch == "blend":
+            tiles = ((y, x, timed(stack.normal(y, x))) for y, x in plan.tiles(slab))
+            for (y, x), estimate in blended(tiles, slab.keep):
+                to[:, y, x] = stack.in_levels(estimate)
+        else:
+            _in_lanes(network.lanes, partial(_denoise_tile, stack, timed, slab.keep, to), plan.tiles(slab))
+    if watch is not None:
+        computed = timed.seconds / network.lanes
+        watch.add("network", computed)
+        watch.add("prepare", perf_counter() - started - computed)
     return denoised
 
 
-def _normal_stack(
-    noisy: NDArray[Any], read: Box, rows: list[int], levels: tuple[NDArray[Any], NDArray[Any]], y: Cut, x: Cut
-) -> NDArray[np.float32]:
-    """What the network sees of a tile: some slices of the voxels of `read`, less their mean, by their std."""
-    mean, std = levels
-    stack = noisy[:, y.read.within(read.y), x.read.within(read.x)][rows]
-    normal: NDArray[np.float32] = ((stack - mean) / std).astype(np.float32, copy=False)
-    return normal
+@dataclass(frozen=True)
+class _Stack:
+    """Slices of a slab between their outer neighbours: some `rows` of the voxels of `read`, their means and stds."""
+
+    noisy: NDArray[Any]
+    read: Box
+    rows: list[int]
+    mean: NDArray[Any]
+    std: NDArray[Any]
+
+    def normal(self, y: Cut, x: Cut) -> NDArray[np.float32]:
+        """What the network sees of a tile."""
+        stack = self.noisy[:, y.read.within(self.read.y), x.read.within(self.read.x)][self.rows]
+        found: NDArray[np.float32] = ((stack - self.mean) / self.std).astype(np.float32, copy=False)
+        return found
+
+    def in_levels(self, estimate: NDArray[np.float32]) -> NDArray[Any]:
+        """An estimate of all but the outer two as voxels."""
+        return _as_dtype(estimate * self.std[1:-1] + self.mean[1:-1], self.noisy.dtype)
+
+
+def _denoise_tile(stack: _Stack, network: _Timed, keep: Box, to: NDArray[Any], cuts: tuple[Cut, Cut]) -> None:
+    """Into its place among the voxels of `keep`."""
+    y, x = cuts
+    estimate = network(stack.normal(y, x))[:, y.crop, x.crop]
+    to[:, y.keep.within(keep.y), x.keep.within(keep.x)] = stack.in_levels(estimate)
+
+
+def _in_lanes(lanes: int, work: Callable[[tuple[Cut, Cut]], None], tiles: Iterator[tuple[Cut, Cut]]) -> None:
+    """Tile by tile, so many at a time; the first error ends it."""
+    if lanes == 1:
+        for tile in tiles:
+            work(tile)
+        return
+    with ThreadPoolExecutor(lanes, thread_name_prefix="tile") as pool:
+        for _ in pool.map(work, tiles):
+            pass
+
+
+class _Timed:
+    """A network, and the seconds that its calls took, those at the same time each on its own."""
+
+    def __init__(self, network: Network) -> None:
+        self.network, self.seconds, self._adding = network, 0.0, threading.Lock()
+
+    def __call__(self, stack: NDArray[np.float32]) -> NDArray[np.float32]:
+        started = perf_counter()
+        estimate = self.network(stack)
+        with self._adding:
+            self.seconds += perf_counter() - started
+        return estimate
 
 
 def stacks_of(keep: Span, not_blank: set[int]) -> Iterator[list[int]]:

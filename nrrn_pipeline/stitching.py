@@ -22,12 +22,6 @@ Tile = tuple[Cut, Cut, NDArray[np.float32]]  # its cuts of y and x, and the (z, 
 LEAST = 1e-6  # weight; none is 0, as at a slice's own border there is no other tile
 
 
-def cropped(tiles: Iterator[Tile], keep: Box) -> Iterator[tuple[tuple[slice, slice], NDArray[np.float32]]]:
-    """Each tile's place in the plane of `keep`, and its estimate for it."""
-    for y, x, estimate in tiles:
-        yield (y.keep.within(keep.y), x.keep.within(keep.x)), estimate[:, y.crop, x.crop]
-
-
 def blended(tiles: Iterator[Tile], keep: Box) -> Iterator[tuple[tuple[slice, slice], NDArray[np.float32]]]:
     """The whole plane of `keep`, and its estimate: the mean of all tiles, weighted by a bump function.
 

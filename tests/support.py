@@ -43,6 +43,15 @@ def image_like(shape: tuple[int, int, int], dtype: str = "uint8", seed: int = 0)
     return np.clip(np.rint(noisy * limit), 0, limit).astype(dtype)
 
 
+class Passing:
+    """In a network's place: leaves slices as they are."""
+
+    lanes = 1
+
+    def __call__(self, stack: NDArray[Any]) -> NDArray[Any]:
+        return stack[1:-1]
+
+
 def bare_zarr(path: Path, voxels: NDArray[Any], chunks: tuple[int, ...] = (4, 32, 32), **options: Any) -> Path:
     """A bare Zarr array (v3 unless `zarr_format=2`)."""
     fitted = tuple(min(chunk, length) for chunk, length in zip(chunks, voxels.shape, strict=True))

@@ -60,6 +60,7 @@ def denoise(
     follow: Follow = False,
     every: Every = None,
     settle: Settle = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Say where the time went, and what held it up.")] = False,
 ) -> None:
     """Denoise SRC into DST. Interrupted? Run the same command again: it goes on where it was.
 
@@ -82,6 +83,10 @@ def denoise(
     if summary.voxels:
         peak = bytes_text(summary.peak_memory_bytes)
         out.print(f"{summary.seconds:.1f} s, {speed / 1e6:.3f} million voxels/s, peak memory of a worker {peak}")
+    for arithmetic in sorted(summary.profile.arithmetic - {"float32"}):
+        out.print(f"precision: {arithmetic}")
+    if profile:
+        print_rows(summary.profile.rows())
 
 
 @app.command()
@@ -182,7 +187,7 @@ def verify(
 
 
 @app.command()
-@takes_options(WHERE)
+@takes_options(WHERE | {"precision"})
 def repair(
     output: Output,
     options: api.Options,

@@ -15,6 +15,7 @@ from nrrn_pipeline.filters import FILTERS
 from nrrn_pipeline.following import Following
 from nrrn_pipeline.geometry import Box, Shape
 from nrrn_pipeline.members import Share
+from nrrn_pipeline.network import PRECISIONS
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import using_options
 from nrrn_pipeline.planning import Layout, Method
@@ -30,7 +31,9 @@ Source = Annotated[str, typer.Argument(metavar="SRC", help="Zarr volume: OME-Zar
 Output = Annotated[str, typer.Argument(metavar="DST", help="OME-Zarr 0.5 to write.")]
 Cluster = Annotated[str, typer.Option(help="local, serial, a Dask scheduler's address, or FILE.toml with settings.")]
 Workers = Annotated[int | None, typer.Option(help="Local processes (default: what cores and memory carry).")]
-Tile = Annotated[int, typer.Option(help="Largest window the network sees, in voxels.")]
+Tile = Annotated[
+    int | None, typer.Option(help="Side of the largest window the network sees (default: what is fast in 1 GiB).")
+]
 Halo = Annotated[int | None, typer.Option(help="Voxels read and discarded around a tile (default: the reach).")]
 SlabSize = Annotated[str | None, typer.Option("--slab", metavar="Z,Y,X", help="Voxels of one task (default: a shard).")]
 ChunkSize = Annotated[str | None, typer.Option("--chunk", metavar="Z,Y,X", help="Chunk of the output (16,256,256).")]
@@ -50,6 +53,10 @@ MethodName = Annotated[
 ]
 Stitch = Annotated[str, typer.Option(help="crop tiles to what they keep (exact), or blend them where they overlap.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Precision = Annotated[
+    str,
+    typer.Option(help=f"Of the network: {', '.join(PRECISIONS)} (on a GPU a fast one that gives all but the same)."),
+]
 Overwrite = Annotated[
     bool,
     typer.Option(
@@ -120,7 +127,7 @@ def parse_options(  # one parameter an option: that is how a command line is dec
     keys: Keys = None,
     workers: Workers = None,
     prefetch: Prefetch = True,
-    tile: Tile = 256,
+    tile: Tile = None,
     halo: Halo = None,
     slab: SlabSize = None,
     chunk: ChunkSize = None,
@@ -132,6 +139,7 @@ def parse_options(  # one parameter an option: that is how a command line is dec
     method: MethodName = None,
     stitch: Stitch = "crop",
     device: Device = "auto",
+    precision: Precision = "auto",
     overwrite: Overwrite = False,
     shard_of: ShardOf = None,
     storage_options: StorageOptions = None,  # noqa: ARG001  (in force once it is parsed)
@@ -142,7 +150,7 @@ def parse_options(  # one parameter an option: that is how a command line is dec
         level=level,
         roi=parse_box("roi", roi),
         layout=Layout(*slab_chunk_shard, tile, halo),
-        method=Method(images, stats, method, stitch),
+        method=Method(images, stats, method, stitch, precision),
         device=device,
         cluster=cluster,
         keys=keys,

@@ -13,14 +13,18 @@ from nrrn_pipeline.network.denoisenet import DenoiseNet
 from nrrn_pipeline.network.nrrn import NRRN
 from nrrn_pipeline.network.slot import (
     DEVICES,
+    HALVES,
+    PRECISIONS,
     Network,
     TorchNetwork,
     after_each_unit,
     choose_device,
     device_text,
+    fastest_in_slot,
     gpu_count,
     in_slot,
     refuse_unknown_device,
+    refuse_unknown_precision,
     seconds_per_pixel,
 )
 from nrrn_pipeline.network.unet import UNet
@@ -42,10 +46,12 @@ from nrrn_pipeline.network.weights import (
 
 __all__ = [
     "DEVICES",
+    "HALVES",
     "KINDS",
     "MAX_BYTES",
     "NO_WEIGHTS",
     "NRRN",
+    "PRECISIONS",
     "Architecture",
     "DenoiseNet",
     "DenoisingNetwork",
@@ -59,6 +65,7 @@ __all__ = [
     "choose_device",
     "default_inputs",
     "device_text",
+    "fastest_in_slot",
     "flop_per_voxel",
     "gpu_count",
     "import_vemden",
@@ -70,6 +77,7 @@ __all__ = [
     "reach_of",
     "read_header",
     "refuse_unknown_device",
+    "refuse_unknown_precision",
     "save_weights",
     "seconds_per_pixel",
     "weights_bytes",

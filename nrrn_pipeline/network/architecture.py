@@ -159,9 +159,9 @@ class DenoisingNetwork(nn.Module):
     def denoise(self, stack: Tensor, images: int = 3) -> Tensor:
         """(z+2, y, x) normalised stack -> (z, y, x) estimate of all slices but the first and the last."""
         self.architecture.refuse_images(images)
-        result = torch.empty_like(stack[1:-1])
+        result, precision = torch.empty_like(stack[1:-1]), next(self.parameters()).dtype
         for z in range(len(result)):  # one at a time: what is held does not grow with the stack
-            result[z] = self.estimate(stack[None, z : z + 3])[0, 0]
+            result[z] = self.estimate(stack[None, z : z + 3].to(precision))[0, 0]
         return result
 
 

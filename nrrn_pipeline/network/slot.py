@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from time import perf_counter
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.errors import InputError, RunError
+from nrrn_pipeline.geometry import Span
 from nrrn_pipeline.network.architecture import DenoisingNetwork
-from nrrn_pipeline.network.nrrn import NRRN
+from nrrn_pipeline.network.nrrn import NRRN, Step, unit_step, unit_step_in_place
 
 DEVICES = ("auto", "cpu", "cuda")
+HALVES = ("float16", "bfloat16")  # half as many bytes; the first is the more accurate, while no number is too large
+PRECISIONS = ("auto", "float32", *HALVES)
+GPU_LANES = 2  # tiles at a time: one is copied, or made ready, while the other computes
 
 Stack = NDArray[np.float32]
 
@@ -26,17 +35,26 @@ class Network(Protocol):
     def reach(self) -> int:
         """Radius in y and x of the input voxels that one output voxel depends on."""
 
+    @property
+    def lanes(self) -> int:
+        """How many tiles to give it at a time, each from a thread of its own."""
+
     def __call__(self, stack: Stack) -> Stack:
         """(z+2, y, x) normalised stack -> (z, y, x) estimate."""
 
 
-@dataclass(frozen=True)
 class TorchNetwork:
-    """A trained network in the slot: NumPy in, NumPy out, on one device."""
+    """A trained network in the slot: NumPy in, NumPy out, on one device, in one precision.
 
-    network: DenoisingNetwork
-    device: torch.device
-    images: int = 3
+    A window that is too much for a GPU's memory is estimated in halves, each with its halo: the same estimate.
+    """
+
+    def __init__(self, network: DenoisingNetwork, device: torch.device, images: int = 3) -> None:
+        self.network, self.device, self.images = network, device, images
+        self.lanes = GPU_LANES if device.type == "cuda" else 1
+        self._too_many: float = float("inf")  # pixels, as was seen
+        self._step: Step = CompiledStep() if device.type == "cuda" else unit_step_in_place
+        self._own = threading.local()
 
     @property
     def reach(self) -> int:
@@ -49,9 +67,80 @@ class TorchNetwork:
         return self.network.architecture.grid
 
     def __call__(self, stack: Stack) -> Stack:
-        """(z+2, y, x) normalised stack -> (z, y, x) estimate."""
-        estimate = self.network.denoise(torch.from_numpy(stack).to(self.device), self.images)
-        return estimate.cpu().numpy()
+        """(z+2, y, x) normalised stack -> (z, y, x) estimate. Raises RunError if memory suffices for no window."""
+        pixels = stack.shape[1] * stack.shape[2]
+        if pixels < self._too_many:
+            try:
+                return self._estimate(stack)
+            except torch.OutOfMemoryError:
+                self._too_many = min(self._too_many, pixels)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # out here, where the error no longer holds what was computed
+        return self._in_halves(stack)
+
+    def _estimate(self, stack: Stack) -> Stack:
+        with self._on_device():
+            given = torch.from_numpy(stack).to(self.device)
+            if isinstance(self.network, NRRN):
+                estimate = self.network.denoise(given, self.images, self._step)
+            else:
+                estimate = self.network.denoise(given, self.images)
+            return estimate.cpu().numpy()
+
+    def _in_halves(self, stack: Stack) -> Stack:
+        """Of the longer side, each read with the reach around it, from the grid on."""
+        axis = 1 if stack.shape[1] >= stack.shape[2] else 2
+        whole = Span(0, stack.shape[axis])
+        middle = len(whole) // 2 // self.grid * self.grid
+        halves = [Span(0, middle), Span(middle, whole.stop)]
+        reads = [half.grown(self.reach, whole).aligned(self.grid) for half in halves]
+        if middle == 0 or max(map(len, reads)) == len(whole):
+            raise RunError(
+                f"GPU memory does not suffice for a window of {stack.shape[1]} x {stack.shape[2]} voxels: free some, "
+                "or use --device cpu"
+            )
+        estimate = np.empty_like(stack[1:-1])
+        for half, read in zip(halves, reads, strict=True):
+            found = self(stack[_along(axis, read.within(whole))])
+            estimate[_along(axis, half.within(whole))] = found[_along(axis, half.within(read))]
+        return estimate
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """On a GPU each thread has a stream, so that tiles overlap; float32 is float32 there too."""
+        with ExitStack() as stack:
+            if self.device.type == "cuda":
+                if not hasattr(self._own, "stream"):
+                    self._own.stream = torch.cuda.Stream(self.device)
+                stack.enter_context(torch.cuda.stream(self._own.stream))
+                stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False))
+            yield
+
+
+def _along(axis: int, part: slice) -> tuple[slice, ...]:
+    """That part along y (1) or x (2) of a stack."""
+    return (slice(None),) * axis + (part,)
+
+
+class CompiledStep:
+    """unit_step in one kernel by torch.compile; where that cannot be, step by step in place, with one warning."""
+
+    def __init__(self) -> None:
+        self._compiled: Any = torch.compile(unit_step, dynamic=False)
+
+    def __call__(self, x: Tensor, w: Tensor, h_n: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As unit_step."""
+        if self._compiled is not None:
+            try:
+                found: tuple[Tensor, Tensor] = self._compiled(x, w, h_n, v)
+                return found
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # of many kinds: no compiler, no Triton, a GPU that it does not know
+                self._compiled = None
+                reason = str(error).strip().partition("\n")[0]
+                warnings.warn(f"the network runs uncompiled, and slower: {reason}", RuntimeWarning, stacklevel=2)
+        return unit_step_in_place(x, w, h_n, v)
 
 
 def after_each_unit(network: DenoisingNetwork, stack: Stack) -> Stack:
@@ -91,11 +180,35 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def in_slot(network: DenoisingNetwork, device: str, images: int) -> TorchNetwork:
-    """The network on its device, laid out for speed."""
+def refuse_unknown_precision(name: str) -> None:
+    """Raises InputError for a precision that there is not."""
+    if name not in PRECISIONS:
+        raise InputError(f"precision {name!r} is unknown: use {', '.join(PRECISIONS)}")
+
+
+def in_slot(network: DenoisingNetwork, device: str, images: int, precision: str = "float32") -> TorchNetwork:
+    """The network on its device, in a precision ("float32", or one of HALVES), laid out for speed."""
     where = choose_device(device)
     # channels last: the layout in which convolutions of many channels run fastest, on CPU and GPU alike
-    return TorchNetwork(network.to(where).to(memory_format=torch.channels_last), where, images)  # type: ignore[call-overload]
+    moved = network.to(where, getattr(torch, precision)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return TorchNetwork(moved, where, images)
+
+
+def fastest_in_slot(
+    network: DenoisingNetwork, device: str, images: int, sample: Stack, limit: float
+) -> tuple[TorchNetwork, str, dict[str, float]]:
+    """The network in the first of HALVES that is at most `limit` (root mean square) from float32 on a sample stack.
+
+    Or else in float32; the precision, and of each that was tried how far it is off.
+    """
+    exact = in_slot(deepcopy(network), device, images)
+    expected, off = exact(sample), {}
+    for precision in HALVES:
+        half = in_slot(deepcopy(network), device, images, precision)
+        off[precision] = float(np.sqrt(np.mean(np.square(half(sample) - expected, dtype=np.float64))))
+        if off[precision] <= limit:  # never of what is no number
+            return half, precision, off
+    return exact, "float32", off
 
 
 def seconds_per_pixel(network: Network, window: tuple[int, int], threads: int) -> float:

@@ -17,6 +17,7 @@ from zarr.storage import MemoryStore
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.places import REQUESTS_AT_ONCE
+from nrrn_pipeline.stopwatch import Busy
 
 MAX_OBJECT_BYTES = 2**31
 GAP_BYTES = 2**18  # read rather than ask again: what a request costs in time
@@ -42,6 +43,7 @@ class ReadChunks(MemoryStore):
         self.url = url
         self.wanted = wanted or {}
         self.held: dict[str, list[tuple[Range, bytes]]] = {}
+        self.busy = Busy()
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
@@ -69,7 +71,8 @@ class ReadChunks(MemoryStore):
             start, expected = -byte_range.suffix, byte_range.suffix
         elif byte_range is not None:
             start = byte_range.offset
-        data = await asyncio.get_running_loop().run_in_executor(_requests, storage.read_file, url, start, stop)
+        with self.busy:
+            data = await asyncio.get_running_loop().run_in_executor(_requests, storage.read_file, url, start, stop)
         # zarr would take an empty answer for an absent chunk, and fill it in
         if data is not None and (not data or (expected is not None and len(data) != expected)):
             raise ValueError(f"{url}: {len(data)} bytes came where {expected or 'some'} were expected")
@@ -87,6 +90,7 @@ class WriteChunks(MemoryStore):
         super().__init__()
         self.url = url
         self.written: dict[str, tuple[int, str]] = {}
+        self.busy = Busy()
 
     async def get(self, *_: Any, **__: Any) -> None:
         """Nothing, whatever is there."""
@@ -96,7 +100,8 @@ class WriteChunks(MemoryStore):
         """Write one object whole. Raises StorageError, or a disk's own OSError."""
         data = value.to_bytes()
         write = partial(storage.write_file, _inside(self.url, key), data)
-        await asyncio.get_running_loop().run_in_executor(_requests, write)
+        with self.busy:
+            await asyncio.get_running_loop().run_in_executor(_requests, write)
         self.written[key] = (len(data), storage.digest(data))
 
     async def delete(self, key: str) -> None:

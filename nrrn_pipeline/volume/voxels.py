@@ -16,6 +16,7 @@ from nrrn_pipeline import storage
 from nrrn_pipeline.errors import StorageError
 from nrrn_pipeline.geometry import Box, Span, cells_of
 from nrrn_pipeline.retrying import FIRST_PAUSE_S, is_final, reason_of
+from nrrn_pipeline.stopwatch import note
 from nrrn_pipeline.volume.metadata import Volume, name_of, zarr_metadata
 from nrrn_pipeline.volume.stores import ReadChunks, WriteChunks
 
@@ -64,6 +65,7 @@ def _read(volume: Volume, box: Box) -> NDArray[Any]:
     store = ReadChunks(volume.url, _wanted(volume, box), longest)
     array: Any = zarr.Array(zarr.AsyncArray(cast("Any", zarr_metadata(volume)), StorePath(store)))
     found = np.asarray(array[_full_selection(volume, box)]).reshape(box.shape)
+    note("fetch", store.busy.seconds)
     return np.ascontiguousarray(found, dtype=volume.dtype)
 
 
@@ -84,6 +86,7 @@ def write_box(volume: Volume, box: Box, voxels: NDArray[Any]) -> Written:
     config: Any = {"write_empty_chunks": True, "order": "C"}
     array: Any = zarr.Array(zarr.AsyncArray(cast("Any", zarr_metadata(volume)), StorePath(store), config))
     array[_full_selection(volume, box)] = voxels.reshape(lead + voxels.shape)
+    note("store", store.busy.seconds)
     return store.written
 
 

@@ -26,7 +26,7 @@ from nrrn_pipeline.run import BREAKER, run_plan
 from nrrn_pipeline.runners import ATTEMPTS, DaskRunner, Outcome, run_serially
 from nrrn_pipeline.slab import SlabTask
 from nrrn_pipeline.volume import open_volume
-from tests.support import bare_zarr, stored_chunks, tiny_weights
+from tests.support import Passing, bare_zarr, stored_chunks, tiny_weights
 
 LAYOUT = Layout(chunk=(2, 16, 16), shard=(2, 32, 32), tile=40)
 OPTIONS = Options(layout=LAYOUT, cluster="serial", device="cpu")
@@ -37,7 +37,7 @@ Damage = Callable[[Path, Path], None]
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DenoisePlan:
     """Of noise and a network that leaves it as it is: whole shards are of one size, as nothing compresses."""
-    monkeypatch.setattr(slab, "load_network", lambda *_: lambda stack: stack[1:-1])
+    monkeypatch.setattr(slab, "load_network", lambda *_: (Passing(), ""))
     monkeypatch.setattr("nrrn_pipeline.presence.LEASE_S", 0.2)
     monkeypatch.setattr("nrrn_pipeline.presence.LOOK_S", 0.05)
     noise = np.random.default_rng(0).integers(0, 256, (12, 64, 60), dtype=np.uint8)
@@ -87,14 +87,15 @@ class Faults:
         self.real = slab.denoise_voxels
         monkeypatch.setattr(slab, "denoise_voxels", self)
 
-    def __call__(self, noisy: Any, task: SlabTask, network: Any, plan: DenoisePlan) -> Any:
-        key = task.slab.key
+    def __call__(self, noisy: Any, task: SlabTask, network: Any, *rest: Any) -> Any:
+        key, faults = task.slab.key, self.of
         self.tries[key] += 1
 
-        def failing(stack: Any) -> Any:
-            raise self.of[key]
+        class Failing(Passing):
+            def __call__(self, stack: Any) -> Any:
+                raise faults[key]
 
-        return self.real(noisy, task, failing if key in self.of else network, plan)
+        return self.real(noisy, task, Failing() if key in faults else network, *rest)
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from nrrn_pipeline.cost import cost_of, fetched_voxels
-from nrrn_pipeline.denoisers import Weights
+from nrrn_pipeline.denoisers import Weights, stack_bytes, working_bytes
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.filters import Filter
 from nrrn_pipeline.geometry import Box, Shape, Span, box_of
 from nrrn_pipeline.network import flop_per_voxel
 from nrrn_pipeline.noise import Noise
-from nrrn_pipeline.planning import CHUNK, SHARD, DenoisePlan, Layout, Method, plan_denoise
+from nrrn_pipeline.planning import CHUNK, SHARD, TILE_BYTES, DenoisePlan, Layout, Method, plan_denoise
 from nrrn_pipeline.statistics import statistics_boxes
 from nrrn_pipeline.volume import Volume
 from tests.support import tiny_network
@@ -63,7 +63,7 @@ SAME = {
     "the source's chunks": replace(PLAN, source=replace(PLAN.source, chunk=(1, 70, 50), write_unit=(1, 70, 50))),
     "the voxel size": replace(PLAN, source=replace(PLAN.source, voxel_size=(1.0, 1.0, 1.0))),
     "the whole volume as roi": small_plan(box_of((10, 70, 50))),
-    "the defaults said aloud": small_plan(slab=(4, 32, 32), tile=256, halo=4),
+    "the defaults said aloud": small_plan(slab=(4, 32, 32), tile=40, halo=4),
 }
 
 
@@ -213,6 +213,33 @@ def test_one_slice_more_costs_the_arithmetic_that_is_told(units: int, channels: 
         return counter.get_total_flops()
 
     assert counted(5) - counted(4) == flop_per_voxel(units, channels, images) * 8 * 9
+
+
+@pytest.mark.parametrize(
+    ("weights", "tile"),
+    [
+        (Weights("", "", 4, 64), 256 + 14),  # the paper's: 512 in two pieces, and a halo of 7 on each side
+        (Weights("", "", 2, 16), 512 + 10),
+        (Weights("", "", 4, 64, "unet", "mean"), 256 + 2 * 122),
+    ],
+    ids=["paper's", "small", "unet"],
+)
+def test_tiles_are_as_large_as_memory_carries(weights: Weights, tile: int) -> None:
+    plan = plan_denoise(source_of((64, 2000, 2000), dtype="uint8"), "/out.zarr", weights)
+    assert plan.tile == tile
+    cuts = list(plan.tiles(plan.slabs[0]))
+    pieces = round(len(cuts) ** 0.5)
+    larger = -(-512 // max(1, pieces - 1)) + tile - -(-512 // pieces)
+
+    def taken(side: int) -> int:
+        return working_bytes(weights, side**2, 3) + stack_bytes(66, side**2, "uint8")
+
+    assert taken(tile) <= TILE_BYTES
+    assert pieces == 1 or taken(larger) > TILE_BYTES
+
+
+def test_a_network_too_large_for_that_memory_gets_the_smallest_tiles() -> None:
+    assert plan_denoise(source_of((4, 32, 32)), "/out.zarr", Weights("", "", 4, 4096)).tile >= 15
 
 
 AWKWARD = [(1, 1, 1), (7, 255, 257), (64, 512, 512), (100, 100, 100), (3, 5000, 20), (1000, 513, 2049)]

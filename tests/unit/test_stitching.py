@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nrrn_pipeline.geometry import Box, Cut, Span
-from nrrn_pipeline.stitching import LEAST, blended, bump, cropped
+from nrrn_pipeline.stitching import LEAST, blended, bump
 
 LEFT, RIGHT = Cut(Span(0, 3), Span(0, 4)), Cut(Span(3, 6), Span(2, 6))
 ROW = Cut(Span(0, 1), Span(0, 1))
@@ -15,13 +15,6 @@ PLANE = Box(Span(0, 1), Span(0, 1), Span(0, 6))
 
 def tile(x: Cut, value: float) -> tuple[Cut, Cut, np.ndarray]:
     return ROW, x, np.full((1, 1, 4), value, np.float32)
-
-
-def test_cropping_takes_each_voxel_from_the_tile_that_keeps_it() -> None:
-    plane = np.zeros((1, 1, 6))
-    for place, estimate in cropped(iter([tile(LEFT, 1), tile(RIGHT, 5)]), PLANE):
-        plane[:, *place] = estimate
-    assert plane.tolist() == [[[1, 1, 1, 5, 5, 5]]]
 
 
 def test_blending_weighs_tiles_where_they_overlap() -> None:

@@ -18,6 +18,7 @@ from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import InputError, StorageError
 from nrrn_pipeline.network import (
     Architecture,
+    Network,
     architecture_of,
     bytes_hash,
     in_slot,
@@ -29,9 +30,11 @@ from nrrn_pipeline.network import (
     weights_bytes,
     weights_hash,
 )
+from nrrn_pipeline.planning import DenoisePlan, Method
 from nrrn_pipeline.preparing import describe_weights
 from nrrn_pipeline.shipped import read_weights
 from nrrn_pipeline.slab import load_network
+from nrrn_pipeline.volume import Volume
 from tests.servers import ObjectStore
 from tests.support import tiny_network, tiny_weights
 
@@ -296,9 +299,15 @@ def test_the_hash_is_the_file_s_sha256(tmp_path: Path) -> None:
     assert weights_hash(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
+def loaded(weights: Weights, images: int = 3) -> Network:
+    volume = Volume("made up", (3, 8, 8), "uint8", (3, 8, 8), (3, 8, 8))
+    plan = DenoisePlan(volume, volume, volume.box, weights, volume.shape, 256, 7, Method(images))
+    return load_network(plan, "cpu")[0]
+
+
 def test_the_network_that_was_planned_with_loads(tmp_path: Path) -> None:
     path = tiny_weights(tmp_path / "a.safetensors", channels=8)
-    network = load_network(Weights(str(path), weights_hash(path), 1, 4), "cpu", 2)
+    network = loaded(Weights(str(path), weights_hash(path), 1, 4), images=2)
     stack = np.random.default_rng(0).standard_normal((4, 9, 8), dtype=np.float32)
     expected = tiny_network(channels=8).denoise(torch.from_numpy(stack), images=2).numpy()
     assert network.reach == 4
@@ -310,7 +319,7 @@ def test_weights_that_changed_since_the_plan_are_refused(tmp_path: Path) -> None
     planned = weights_hash(path)
     tiny_weights(path, seed=1)
     with pytest.raises(InputError, match=f"have hash {weights_hash(path)[:12]} here.*planned with {planned[:12]}"):
-        load_network(Weights(str(path), planned, 1, 4), "cpu", 3)
+        loaded(Weights(str(path), planned, 1, 4))
 
 
 def test_a_loaded_network_outlives_its_file(tmp_path: Path) -> None:
@@ -367,7 +376,7 @@ def test_weights_are_described_and_loaded_wherever_they_are(place: str) -> None:
     storage.write_file(f"{place}/a.safetensors", data)
     weights = describe_weights(f"{place}/a.safetensors")
     assert weights == Weights(f"{place}/a.safetensors", bytes_hash(data), 1, 8)
-    network = load_network(weights, "cpu", 3)
+    network = loaded(weights)
     stack = np.random.default_rng(0).standard_normal((3, 9, 8), dtype=np.float32)
     expected = tiny_network(1, 8, seed=3).denoise(torch.from_numpy(stack), images=3).numpy()
     np.testing.assert_allclose(network(stack), expected, atol=1e-5)
@@ -378,7 +387,7 @@ def test_weights_that_changed_are_refused_wherever_they_are(place: str) -> None:
     weights = describe_weights(f"{place}/b.safetensors")
     storage.write_file(f"{place}/b.safetensors", weights_bytes(tiny_network(seed=5), {}))
     with pytest.raises(InputError, match="planned with"):
-        load_network(weights, "cpu", 3)
+        loaded(weights)
 
 
 @pytest.mark.parametrize("name", ["absent", "folder"])
