@@ -4,7 +4,7 @@ UV_VERSION = 0.13.9
 # wheels that lie on this machine, such as a CPU build of torch, go before the registry's
 export UV_FIND_LINKS = $(PIP_FIND_LINKS)
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test lint lock peers clean
 
 demo: .venv/ready
 	.venv/bin/python workflows/demo/demo.py demo
@@ -25,6 +25,13 @@ lint: .venv/ready
 	.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --editable .
 	touch $@
 
+# other tools that ours is timed beside, in a folder of their own for PYTHONPATH: they name Pythons older than they run on
+peers: .peers/ready
+.peers/ready: .venv/ready
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --target .peers --upgrade --no-deps \
+		--ignore-requires-python vEMden==0.2 FiReTiTiPyLib==1.5.7 horology==1.4.1 natsort==8.4.0 monai==1.6.1
+	touch $@
+
 # the extras that are tested, in one resolve; torch without its build's name, so that each machine takes the build it has
 lock: .venv/ready
 	.venv/bin/uv pip compile --quiet pyproject.toml --extra test --extra lint --python-version 3.11.7 --no-emit-find-links \
@@ -32,4 +39,4 @@ lock: .venv/ready
 	sed -i 's/^\(torch==[0-9.]*\)+cpu$$/\1/' requirements.lock
 
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .peers demo

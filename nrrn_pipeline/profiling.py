@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nrrn_pipeline.cost import counted
 from nrrn_pipeline.ledger import Record
 from nrrn_pipeline.run import Progress
 
@@ -13,7 +14,7 @@ STAGES = {  # of a slab, in their order
     "load": "reading weights, choosing a precision",
     "fetch": "waiting for storage to give voxels",
     "decode": "decoding chunks",
-    "wait": "until the slab before it was computed",
+    "wait": "while another slab of the worker was computed",
     "network": "in the network",
     "prepare": "normalising, tiling, rounding",
     "encode": "encoding chunks",
@@ -62,7 +63,8 @@ class Profile:
         """For people: each stage's seconds and its share of the workers' time; the bottleneck."""
         whole = len(self.workers) * self.denoising_s
         rows = {"statistics and start": f"{self.statistics_s:.1f} s"}
-        rows["denoising"] = f"{self.denoising_s:.1f} s, of {len(self.workers)} workers {whole:.1f} s; of these"
+        workers = counted(len(self.workers), "worker")
+        rows["denoising"] = f"{self.denoising_s:.1f} s of {workers}, together {whole:.1f} s; of these"
         for stage, words in STAGES.items():
             if seconds := self.spent.get(stage, 0.0):
                 rows[f"  {stage}"] = f"{seconds:8.1f} s  {seconds / whole:6.1%}  {words}"

@@ -12,6 +12,7 @@ import typer
 from nrrn_pipeline import api, following
 from nrrn_pipeline.checking import check
 from nrrn_pipeline.cli.batch import batch as many_volumes
+from nrrn_pipeline.cli.benchmark import benchmark as measure_speed
 from nrrn_pipeline.cli.evaluate import evaluate as compare_methods
 from nrrn_pipeline.cli.ground_truth import ground_truth as average_scans
 from nrrn_pipeline.cli.noise import add_noise
@@ -127,6 +128,7 @@ app.command("evaluate")(compare_methods)
 app.command("ground-truth")(average_scans)
 app.command("add-noise")(add_noise)
 app.command("noise")(measure_noise)
+app.command("benchmark")(measure_speed)
 app.command("train")(train_network)
 
 

@@ -1,0 +1,161 @@
+"""Our program and others on one volume with one network, one after the other; and the network alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nrrn_pipeline import storage
+from nrrn_pipeline.api import open_runner
+from nrrn_pipeline.benchmark.programs import OURS, Program, Run, ours, run
+from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.geometry import cells_of
+from nrrn_pipeline.machine import cores
+from nrrn_pipeline.network import Network, device_text
+from nrrn_pipeline.options import Options
+from nrrn_pipeline.planning import DenoisePlan
+from nrrn_pipeline.preparing import make_plan
+from nrrn_pipeline.runners import raise_permanent
+from nrrn_pipeline.slab import load_network
+from nrrn_pipeline.volume import Volume, open_volume, read_box
+
+FEW, MORE = 2, 6  # slices of a stack: what it takes beside its slices, and what each takes
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all programs are given: a volume, weights, a folder for outputs, and the device for ours."""
+
+    source: Volume
+    weights: str
+    folder: str
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One program: its run, and how its output differs from ours, in grey levels; None: there is none to compare.
+
+    far: share of the voxels that differ by more than 1, which rounding cannot explain.
+    """
+
+    name: str
+    run: Run
+    voxels: int
+    most: float | None = None
+    far: float | None = None
+
+    @property
+    def speed(self) -> float:
+        """Voxels a second."""
+        return self.voxels / self.run.seconds
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """All programs, ours first; alone: voxels a second of the network, on what `where` says."""
+
+    measured: tuple[Measured, ...]
+    alone: float
+    where: str
+
+    @property
+    def efficiency(self) -> float:
+        """Our whole program's speed as a share of the network's own."""
+        return self.measured[0].speed / self.alone
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON."""
+        programs = [
+            asdict(each.run)
+            | {"name": each.name, "voxels_per_s": each.speed, "largest_difference": each.most, "far": each.far}
+            for each in self.measured
+        ]
+        alone = {"voxels_per_s": self.alone, "where": self.where, "efficiency": self.efficiency}
+        return {"programs": programs, "network_alone": alone}
+
+
+def run_benchmark(task: Task, programs: Sequence[Program]) -> Benchmark:
+    """Run ours, then each of the others, each into folder/NAME.zarr, and time the network alone.
+
+    Raises InputError if the volume or the weights cannot be used, or an output exists.
+    """
+    names = [OURS, *(program.name for program in programs)]
+    if len({*names}) < len(names):
+        raise InputError(f"programs need names of their own, not {', '.join(names)}")
+    outputs = {name: f"{task.folder}/{name}.zarr" for name in names}
+    for url in outputs.values():
+        if storage.exists(url):
+            raise InputError(f"{url} exists: choose another --out")
+    plan = make_plan(task.source.group_url, outputs[OURS], task.weights, Options(device=task.device))
+    alone, where = network_alone(plan, task.device)
+    found: list[Measured] = []
+    for program in (ours(task.device), *programs):
+        source = task.source.group_url if program.name == OURS else task.source.url
+        done = run(program, source, outputs[program.name], task.weights)
+        measured = Measured(program.name, done, task.source.box.size)
+        if found and not done.failure and not found[0].run.failure:
+            measured = compared(measured, outputs[OURS], outputs[program.name])
+        found.append(measured)
+    return Benchmark(tuple(found), alone, where)
+
+
+def compared(measured: Measured, ours_url: str, url: str) -> Measured:
+    """The same with how its output differs from ours."""
+    try:
+        expected, found = open_volume(ours_url), open_volume(url)
+    except InputError as error:
+        return replace(measured, run=replace(measured.run, failure=str(error)))
+    if (expected.shape, expected.dtype) != (found.shape, found.dtype):
+        told = f"its output is {found.dtype} of shape {found.shape}, not {expected.dtype} of {expected.shape}"
+        return replace(measured, run=replace(measured.run, failure=told))
+    most, far = 0.0, 0
+    for cell in cells_of(expected.box, expected.write_unit):
+        apart = np.abs(read_box(expected, cell).astype(np.float64) - read_box(found, cell))
+        most, far = max(most, float(apart.max())), far + int((apart > 1).sum())
+    return replace(measured, most=most, far=far / expected.box.size)
+
+
+def network_alone(plan: DenoisePlan, device: str) -> tuple[float, str]:
+    """Voxels a second that the network estimates and keeps in the plan's tiles, and where; nothing is read or written.
+
+    On as many workers as denoise would use, each with its threads, all at the same time.
+    """
+    options = Options(device=device, prefetch=False)
+    with open_runner([plan], options) as (runner, where):
+        at_once = int(where.split()[0]) if where[0].isdigit() else 1
+        speeds = []
+        for outcome in runner(partial(_alone, plan, device), range(at_once)):
+            if outcome.error is not None:
+                raise_permanent(outcome.error, "the network alone")
+                raise outcome.error
+            speeds.append(outcome.result)
+    machine = device_text() if device != "cpu" else None
+    return sum(speeds), f"{where}, {cores()} cores" + (f", {machine}" if machine else "")
+
+
+def _alone(plan: DenoisePlan, device: str, _: int) -> float:
+    """Voxels a second of one worker, on noise of the size of a tile, with the slices of a slab."""
+    network = load_network(plan, device)[0]
+    slab = plan.slabs[0]
+    tiles = list(plan.tiles(slab))
+    y, x = tiles[0]
+    noise = np.random.default_rng(0).standard_normal((MORE + 2, len(y.read), len(x.read)), dtype=np.float32)
+    network(noise[:3])  # chooses algorithms, takes memory
+    few, more = (_seconds(network, noise[: slices + 2]) for slices in (FEW, MORE))
+    each = (more - few) / (MORE - FEW)
+    depth = len(slab.keep.z)
+    seconds = len(tiles) * (few + (depth - FEW) * each) if depth >= FEW else len(tiles) * few
+    return slab.keep.size / seconds
+
+
+def _seconds(network: Network, stack: NDArray[np.float32]) -> float:
+    started = perf_counter()
+    network(stack)
+    return perf_counter() - started

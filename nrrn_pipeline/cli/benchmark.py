@@ -1,0 +1,69 @@
+"""nrrn benchmark: how fast this machine denoises, beside other programs."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from datetime import date
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from nrrn_pipeline import storage
+from nrrn_pipeline.benchmark import Task, columns_of, make_volume, parse_program, run_benchmark, write_benchmark
+from nrrn_pipeline.cli.options import Device, StorageOptions, parse_triple
+from nrrn_pipeline.cli.terminal import by_text, err, network_text, out, print_columns
+from nrrn_pipeline.errors import InputError, RunError
+from nrrn_pipeline.network import NRRN, architecture_of, parse_header, weights_bytes
+from nrrn_pipeline.places import absolute
+from nrrn_pipeline.shipped import located, read_weights
+from nrrn_pipeline.volume import open_volume
+
+
+def benchmark(
+    folder: Annotated[str, typer.Option("--out", metavar="DIR", help="For outputs, benchmark.json, benchmark.md.")],
+    source: Annotated[str | None, typer.Argument(metavar="[SRC]", help="Volume (default: one is made).")] = None,
+    shape: Annotated[str, typer.Option(metavar="Z,Y,X", help="Of the volume that is made.")] = "64,512,512",
+    weights: Annotated[str | None, typer.Option(help="Weights (default: random ones).")] = None,
+    units: Annotated[int, typer.Option(help="Of the network with random weights.")] = 4,
+    channels: Annotated[int, typer.Option(help="Of the network with random weights.")] = 64,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=COMMAND", help="A program to run beside; it is given a Zarr array, an output, the weights."
+        ),
+    ] = None,
+    device: Device = "auto",
+    storage_options: StorageOptions = None,  # noqa: ARG001
+) -> None:
+    """Measure speed and memory of nrrn denoise here, as a whole program, beside the network alone and other programs.
+
+    Example: nrrn benchmark --shape 16,512,512 --units 2 --channels 16 --out speed
+    """
+    programs = [parse_program(text) for text in against or []]
+    folder = absolute(folder)
+    size = parse_triple("shape", shape)
+    if weights is None:
+        weights = f"{folder}/weights.safetensors"
+        if storage.exists(weights):
+            raise InputError(f"{weights} exists: choose another --out, or give it as --weights")
+        storage.write_file(weights, weights_bytes(NRRN(units, channels), {"note": "random, for speed alone"}))
+    volume = open_volume(source) if source else make_volume(f"{folder}/source.ome.zarr", size or (64, 512, 512))
+    found = run_benchmark(Task(volume, located(weights), folder, device), programs)
+    network = architecture_of(parse_header(read_weights(located(weights)), weights))
+    facts = {
+        "volume": f"{volume.url}, {by_text(volume.shape)} {volume.dtype}",
+        "network": network_text(network),
+        "network alone": f"{found.alone / 1e6:.4f} million voxels/s on {found.where}",
+        "our whole program": f"{found.efficiency:.1%} of that",
+        "machine": f"{platform.machine()}, {platform.system()}, torch {version('torch')}, {date.today()}",
+        "command": shlex.join(["nrrn", *sys.argv[1:]]),
+    }
+    print_columns(columns_of(found))
+    for name, value in facts.items():
+        out.print(f"{name}: {value}")
+    err.print(f"written: {', '.join(write_benchmark(found, folder, facts))}")
+    if failed := [each for each in found.measured if each.run.failure]:
+        raise RunError(f"{', '.join(each.name for each in failed)} failed: see the table")
