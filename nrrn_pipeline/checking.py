@@ -60,7 +60,7 @@ def check(output: str | os.PathLike[str], deep: bool = False) -> Iterator[Checke
     recorded = ledger.done()
     origin = Box.parse(settings["roi"])
     units = {key: set(boxes_of(keep.shifted(origin), volume.write_unit)) for key, keep in slabs.items()}
-    torn = ledger.torn(recorded, units, stored_units(volume))
+    torn = ledger.torn(recorded, units.items(), stored_units(volume))
     for done, key in enumerate(slabs, start=1):
         if key not in recorded:
             problems = [f"slab {key} has no record: it was not denoised"]

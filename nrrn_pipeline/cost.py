@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
 from nrrn_pipeline.denoisers import Weights, stack_bytes, working_bytes
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.geometry import Box
+from nrrn_pipeline.geometry import Box, Span
 from nrrn_pipeline.machine import cores, free_memory_bytes, threads_each
 from nrrn_pipeline.network import Network, seconds_per_pixel
 from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.planning import DenoisePlan
-from nrrn_pipeline.statistics import statistics_boxes
+from nrrn_pipeline.statistics import statistics_grid
 from nrrn_pipeline.volume import Volume
 
 PROCESS_BYTES = 400 * 2**20  # a worker with Python, Dask, zarr and torch loaded, before its first slab
@@ -46,17 +45,17 @@ class Cost:
 def cost_of(plan: DenoisePlan, at_once: int = 1) -> Cost:
     """What the plan will take with `at_once` slabs in flight in each worker; reads no voxels."""
     slabs, item = plan.slabs, plan.source.itemsize
-    read = sum(slab.read.size for slab in slabs)
-    fetched = fetched_voxels(plan.source, (slab.read for slab in slabs))
-    statistics = statistics_boxes(plan.source, plan.statistics_z)
-    measured = fetched_voxels(plan.source, statistics)
+    read = slabs.total(lambda cut, _: len(cut.read))
+    fetched = slabs.total(lambda cut, axis: _touched(plan.source, cut.read, axis))
+    whole, step = statistics_grid(plan.source, plan.statistics_z)
+    measured = Box(plan.statistics_z, whole.y, whole.x)  # each chunk of it once, as boxes are made of whole ones
     network = plan.denoiser.architecture if isinstance(plan.denoiser, Weights) else None
     flop = network.flop_per_voxel(plan.method.images) if network else 0
     return Cost(
         slabs=len(slabs),
-        statistics_tasks=len(statistics),
-        read_bytes=(read + sum(box.size for box in statistics)) * item,
-        fetched_bytes=(fetched + measured) * item,
+        statistics_tasks=prod(-(-len(span) // size) for span, size in zip(whole.spans, step, strict=True)),
+        read_bytes=(read + measured.size) * item,
+        fetched_bytes=(fetched + fetched_voxels(plan.source, measured)) * item,
         written_bytes=plan.box.size * item,
         flop=flop * plan.box.size * _tile_overhead(plan),
         worker_bytes=worker_bytes(plan, at_once),
@@ -65,15 +64,15 @@ def cost_of(plan: DenoisePlan, at_once: int = 1) -> Cost:
     )
 
 
-def fetched_voxels(volume: Volume, boxes: Iterable[Box]) -> int:
-    """Voxels in all chunks that the boxes touch, each box on its own: what storage delivers and the CPU decodes."""
-    total = 0
-    for box in boxes:
-        touched = 1
-        for span, chunk, length in zip(box.spans, volume.chunk, volume.shape, strict=True):
-            touched *= min(-(-span.stop // chunk) * chunk, length) - span.start // chunk * chunk
-        total += touched
-    return total
+def fetched_voxels(volume: Volume, box: Box) -> int:
+    """Voxels in all chunks that a box touches: what storage delivers and the CPU decodes."""
+    return prod(_touched(volume, span, axis) for axis, span in enumerate(box.spans))
+
+
+def _touched(volume: Volume, span: Span, axis: int) -> int:
+    """Voxels along z, y or x (0, 1, 2) of the chunks that hold a span of these."""
+    chunk, length = volume.chunk[axis], volume.shape[axis]
+    return min(-(-span.stop // chunk) * chunk, length) - span.start // chunk * chunk
 
 
 def worker_bytes(plan: DenoisePlan, at_once: int = 1) -> int:
@@ -83,12 +82,12 @@ def worker_bytes(plan: DenoisePlan, at_once: int = 1) -> int:
     of its voxels with the chunks that are being decoded, and its result with the shard that is being encoded. Or, in
     the pass before, boxes of voxels whose slices are measured in float64.
     """
-    slab = max(plan.slabs, key=lambda slab: slab.read.size)
+    slab = plan.slabs.largest()
     window_y, window_x = (max(len(cut.read) for cut in cuts) for cuts in zip(*plan.tiles(slab), strict=True))
     pixels = window_y * window_x
     item = plan.source.itemsize
     voxels_in, voxels_out = slab.read.size * item, slab.keep.size * item
-    fetched = fetched_voxels(plan.source, [slab.read])
+    fetched = fetched_voxels(plan.source, slab.read)
     decoding = min(DECODED_AT_ONCE * prod(plan.source.chunk), fetched) * item
     if plan.source.write_unit != plan.source.chunk:  # what is wanted of a shard comes in one piece
         decoding += fetched * item
@@ -98,8 +97,9 @@ def worker_bytes(plan: DenoisePlan, at_once: int = 1) -> int:
     if plan.method.stitch == "blend" and not isinstance(plan.denoiser, Noise):
         # the sum, its mean, in grey levels, rounded: of float voxels in float64
         maps += (24 if plan.source.dtype == "float32" else 20) * slab.keep.size
-    boxes = statistics_boxes(plan.source, plan.statistics_z)
-    measured = max(box.size * item + 16 * len(box.y) * len(box.x) for box in boxes)
+    whole, step = statistics_grid(plan.source, plan.statistics_z)
+    depth, *sides = (min(len(span), size) for span, size in zip(whole.spans, step, strict=True))
+    measured = (depth * item + 16) * prod(sides)
     computing = voxels_in + voxels_out + stack + maps
     moving = max(voxels_in + decoding, voxels_out + encoding)
     denoising = max(computing + (at_once - 1) * moving, at_once * moving)
@@ -152,10 +152,7 @@ def bytes_text(count: float) -> str:
 
 def _tile_overhead(plan: DenoisePlan) -> float:
     """Voxels that the network computes for one that is kept, in y and x."""
-    computed = kept = 0
-    for slab in plan.slabs:
-        if slab.keep.z.start != plan.box.z.start:
-            break  # every layer of slabs has the same tiles
-        computed += sum(len(y.read) * len(x.read) for y, x in plan.tiles(slab))
-        kept += len(slab.keep.y) * len(slab.keep.x)
-    return computed / kept
+    computed = prod(
+        sum(len(tile.read) for cut in cuts for tile in plan.tiles_along(cut)) for cuts in plan.slabs.axes[1:]
+    )
+    return computed / (len(plan.box.y) * len(plan.box.x))

@@ -209,17 +209,21 @@ class Ledger:
         return found
 
     @staticmethod
-    def torn(done: dict[str, set[int]], units: dict[str, set[Box]], stored: dict[Box, int]) -> dict[str, str]:
+    def torn(
+        done: dict[str, set[int]], units: Iterable[tuple[str, set[Box]]], stored: dict[Box, int]
+    ) -> dict[str, str]:
         """Slabs that are recorded but not as storage lists them, each with what is wrong.
 
-        `done`: what done() gave. `units`: each slab's write units. `stored`: those that storage lists, with their
-        bytes; to be listed after `done`, as others may be at work, and voxels are there before their record.
+        `done`: what done() gave. `units`: each slab's key and write units. `stored`: those that storage lists, with
+        their bytes; to be listed after `done`, as others may be at work, and voxels are there before their record.
         """
         wrong = {}
-        for key, claims in done.items():
-            if missing := [unit for unit in units.get(key, ()) if unit not in stored]:
+        for key, own in units:
+            if (claims := done.get(key)) is None:
+                continue
+            if missing := [unit for unit in own if unit not in stored]:
                 wrong[key] = f"{len(missing)} of its shards are gone"
-            elif key in units and (found := sum(stored[unit] for unit in units[key])) not in claims:
+            elif (found := sum(stored[unit] for unit in own)) not in claims:
                 damage = f"its shards have {found} bytes, not the {max(claims)} that were written"
                 wrong[key] = "its record is cut short" if max(claims) < 0 else damage
         return wrong

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
-from typing import Any
+from typing import Any, overload
 
 from nrrn_pipeline.denoisers import Denoiser, stack_bytes, working_bytes
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.filters import FILTERS
-from nrrn_pipeline.geometry import Box, Cut, Shape, Span, boxes_of, tiles_of
+from nrrn_pipeline.geometry import Box, Cut, Shape, Span, spans_of, tiles_of
 from nrrn_pipeline.network import KINDS, refuse_unknown_precision
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.volume import MAX_AXIS, Volume, refuse_unwritable
@@ -104,6 +105,44 @@ class Slab:
         return slab_key(self.keep)
 
 
+class Slabs(Sequence[Slab]):
+    """All slabs of a plan, in storage order, x fastest; each made when it is asked for, as there may be millions."""
+
+    def __init__(self, z: Sequence[Cut], y: Sequence[Cut], x: Sequence[Cut]) -> None:
+        self.axes = (z, y, x)
+
+    def __len__(self) -> int:
+        return prod(map(len, self.axes))
+
+    def __iter__(self) -> Iterator[Slab]:
+        return (_slab(*cuts) for cuts in product(*self.axes))
+
+    @overload
+    def __getitem__(self, place: int) -> Slab: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Slab]: ...
+
+    def __getitem__(self, place: int | slice) -> Slab | list[Slab]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        of_z, of_y, of_x = self.axes
+        rest, x = divmod(range(len(self))[place], len(of_x))
+        return _slab(of_z[rest // len(of_y)], of_y[rest % len(of_y)], of_x[x])
+
+    def total(self, along: Callable[[Cut, int], int]) -> int:
+        """The sum over all slabs of a product over z, y, x (0, 1, 2) of what `along` says of their cuts."""
+        return prod(sum(along(cut, axis) for cut in cuts) for axis, cuts in enumerate(self.axes))
+
+    def largest(self) -> Slab:
+        """The one that reads the most."""
+        return _slab(*(max(cuts, key=lambda cut: len(cut.read)) for cuts in self.axes))
+
+
+def _slab(z: Cut, y: Cut, x: Cut) -> Slab:
+    return Slab(Box(z.keep, y.keep, x.keep), Box(z.read, y.read, x.read))
+
+
 @dataclass(frozen=True)
 class DenoisePlan:
     """Everything that one run does. `box` is the part of the source that becomes the whole of the target.
@@ -127,9 +166,13 @@ class DenoisePlan:
         return self.target.group_url
 
     @property
-    def slabs(self) -> tuple[Slab, ...]:
+    def slabs(self) -> Slabs:
         """All slabs, in storage order."""
-        return tuple(self._slab(keep) for keep in boxes_of(self.box, self.slab))
+        axes = []
+        for span, step, bound, axis in zip(self.box.spans, self.slab, self.source.box.spans, "zyx", strict=True):
+            halo, grid = (1, 1) if axis == "z" else (self.halo, self.denoiser.grid)
+            axes.append([Cut(keep, keep.grown(halo, bound).aligned(grid)) for keep in spans_of(span, step)])
+        return Slabs(*axes)
 
     @property
     def statistics_z(self) -> Span:
@@ -167,14 +210,11 @@ class DenoisePlan:
 
     def tiles(self, slab: Slab) -> Iterator[tuple[Cut, Cut]]:
         """The (y, x) cuts of a slab's planes that the network sees one at a time."""
-        for y in tiles_of(slab.keep.y, slab.read.y, self.tile, self.halo, self.denoiser.grid):
-            for x in tiles_of(slab.keep.x, slab.read.x, self.tile, self.halo, self.denoiser.grid):
-                yield y, x
+        return product(self.tiles_along(Cut(slab.keep.y, slab.read.y)), self.tiles_along(Cut(slab.keep.x, slab.read.x)))
 
-    def _slab(self, keep: Box) -> Slab:
-        bounds, grid = self.source.box, self.denoiser.grid
-        y, x = (span.grown(self.halo, bound).aligned(grid) for span, bound in ((keep.y, bounds.y), (keep.x, bounds.x)))
-        return Slab(keep, Box(keep.z.grown(1, bounds.z), y, x))
+    def tiles_along(self, slab: Cut) -> tuple[Cut, ...]:
+        """The same along y or x, by a slab's cut there."""
+        return tiles_of(slab.keep, slab.read, self.tile, self.halo, self.denoiser.grid)
 
 
 def slab_key(keep: Box) -> str:

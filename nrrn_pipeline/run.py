@@ -250,10 +250,9 @@ def _slabs(
     failed_before = ledger.failed()
     for key in failed_before & recorded:  # its driver was killed before it could
         ledger.clear_failure(key)
-    left = [slab for slab in slabs if slab.key not in recorded]
     used = used_statistics(plan, statistics)
-    tasks = (SlabTask(slab, used.of(slab.read.z)) for slab in left)
-    tally = Tally(len(slabs), len(slabs) - len(left))
+    tasks = (SlabTask(slab, used.of(slab.read.z)) for slab in slabs if slab.key not in recorded)
+    tally = Tally(len(slabs), sum(slab.key in recorded for slab in slabs) if recorded else 0)
     yield tally.progress()
     for outcome in runner(partial(denoise_slab, plan, device), tasks):
         lease.check()
@@ -272,22 +271,22 @@ def _slabs(
 
 def forget_torn(plan: DenoisePlan) -> Generator[Progress, None, set[str]]:
     """The slabs that are recorded, and stored as their records say; others' records are deleted."""
-    ledger, units = Ledger(plan.target.url), _units(plan)
+    ledger = Ledger(plan.target.url)
     recorded = ledger.done()
-    for key, wrong in ledger.torn(recorded, units, stored_units(plan.target)).items():
+    for key, wrong in ledger.torn(recorded, _units(plan), stored_units(plan.target)).items():
         ledger.forget(key)
         del recorded[key]
-        yield Progress("denoising", 0, len(units), note=f"slab {key}: {wrong}; it is denoised again")
+        yield Progress("denoising", 0, len(plan.slabs), note=f"slab {key}: {wrong}; it is denoised again")
     return set(recorded)
 
 
 def refuse_incomplete(plan: DenoisePlan) -> None:
     """Raises RunError if a slab is not recorded, or not stored as its record says."""
-    ledger, units = Ledger(plan.target.url), _units(plan)
+    ledger = Ledger(plan.target.url)
     recorded = ledger.done()
-    if missing := units.keys() - recorded.keys():
+    if missing := [slab.key for slab in plan.slabs if slab.key not in recorded]:
         raise RunError(f"{len(missing)} slabs have no record, such as {min(missing)}; {GO_ON}")
-    if torn := ledger.torn(recorded, units, stored_units(plan.target)):
+    if torn := ledger.torn(recorded, _units(plan), stored_units(plan.target)):
         raise RunError(f"{len(torn)} slabs were damaged meanwhile, such as {min(torn)}; {GO_ON}")
 
 
@@ -296,8 +295,8 @@ def used_statistics(plan: DenoisePlan, statistics: SliceStatistics) -> SliceStat
     return statistics.pooled() if plan.method.statistics == "volume" else statistics
 
 
-def _units(plan: DenoisePlan) -> dict[str, set[Box]]:
-    return {slab.key: units_of(plan, slab) for slab in plan.slabs}
+def _units(plan: DenoisePlan) -> Iterator[tuple[str, set[Box]]]:
+    return ((slab.key, units_of(plan, slab)) for slab in plan.slabs)
 
 
 @dataclass

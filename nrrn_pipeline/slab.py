@@ -143,11 +143,11 @@ def sample_of(plan: DenoisePlan) -> NDArray[Any] | None:
 
     The same for every worker, so that all with the same GPU decide alike.
     """
-    slabs = plan.slabs
-    for slab in slabs[len(slabs) // 2 :][:SAMPLES]:
+    middle = len(plan.slabs) // 2
+    for slab in plan.slabs[middle : middle + SAMPLES]:
         y, x = next(plan.tiles(slab))
-        middle = (slab.keep.z.start + slab.keep.z.stop) // 2
-        voxels = read_box(plan.source, Box(Span(middle, middle + 1).grown(1, plan.source.box.z), y.read, x.read))
+        z = (slab.keep.z.start + slab.keep.z.stop) // 2
+        voxels = read_box(plan.source, Box(Span(z, z + 1).grown(1, plan.source.box.z), y.read, x.read))
         if len(voxels) == 3 and voxels.std(axis=(1, 2)).min() > 0:
             return voxels
     return None

@@ -85,14 +85,19 @@ class SliceStatistics:
 
 def statistics_boxes(volume: Volume, z: Span) -> tuple[Box, ...]:
     """Boxes of whole write units that cover the slices `z`, of at most MAX_VOXELS unless one unit is larger."""
+    whole, step = statistics_grid(volume, z)
+    return tuple(Box(box.z.grown(0, z), box.y, box.x) for box in boxes_of(whole, step))
+
+
+def statistics_grid(volume: Volume, z: Span) -> tuple[Box, Shape]:
+    """What is cut into these boxes, from the start of a write unit on, and their size; clipped to `z`."""
     step = list(volume.write_unit)
     for axis in (2, 1):  # whole rows, then whole slices, as far as memory allows
         while step[axis] < volume.shape[axis] and 2 * int(np.prod(step)) <= MAX_VOXELS:
             step[axis] *= 2
     deep = Span(z.start - z.start % step[0], z.stop)  # on the chunk grid, so that no chunk is read twice
     whole = Box(deep, volume.box.y, volume.box.x)
-    steps: Shape = (step[0], step[1], step[2])
-    return tuple(Box(box.z.grown(0, z), box.y, box.x) for box in boxes_of(whole, steps))
+    return whole, (step[0], step[1], step[2])
 
 
 def measure_box(volume: Volume, box: Box) -> MeasuredBox:

@@ -179,5 +179,5 @@ def test_what_is_whole_is_told_in_time_that_grows_with_its_slabs_and_no_faster(
         return real(box)
 
     monkeypatch.setattr(Box, "__hash__", counting)
-    assert ledger.torn(ledger.done(), units, stored) == {}
+    assert ledger.torn(ledger.done(), units.items(), stored) == {}
     assert hashed[0] <= 10 * len(keeps)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -171,7 +173,7 @@ def test_cost_counts_the_whole_chunks_that_reads_touch(plan: DenoisePlan) -> Non
         _voxels_of_touched_chunks(plan.source, box) for box in statistics_boxes(plan.source, plan.statistics_z)
     )
     cost = cost_of(plan)
-    assert fetched_voxels(plan.source, reads) == touched
+    assert sum(fetched_voxels(plan.source, box) for box in reads) == touched
     assert cost.chunk_amplification == touched / plan.box.size
     assert cost.fetched_bytes == (touched + measured) * plan.source.itemsize
 
@@ -315,3 +317,30 @@ def _voxels_of_touched_chunks(volume: Volume, box: Box) -> int:
     for place in set(map(tuple, chunk_of[(slice(None), *read)].reshape(3, -1).T)):
         touched |= (chunk_of == np.reshape(place, (3, 1, 1, 1))).all(0)
     return int(touched.sum())
+
+
+@given(plans())
+def test_slabs_by_number_are_those_in_their_order(plan: DenoisePlan) -> None:
+    every = list(plan.slabs)
+    assert len(plan.slabs) == len(every)
+    assert [plan.slabs[i] for i in range(len(every))] == every == plan.slabs[:]
+    assert plan.slabs[-1] == every[-1]
+    assert plan.slabs[1:7:2] == every[1:7:2]
+    assert plan.slabs.largest().read.size == max(slab.read.size for slab in every)
+    with pytest.raises(IndexError):
+        plan.slabs[len(every)]
+
+
+@pytest.mark.parametrize("layers", [25, 250])
+def test_a_plan_of_any_size_is_as_small(layers: int) -> None:
+    """100,000 slabs, and a million: by the calls that are made, not by time."""
+    side = 64 * 512
+    source = Volume("/raw.zarr", (64 * layers, side, side), "uint8", (16, 256, 256), (64, 512, 512))
+    tracemalloc.start()
+    plan = plan_denoise(source, "/out.zarr", Weights("/w", "cafe", 4, 64))
+    cost = cost_of(plan)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert cost.slabs == len(plan.slabs) == layers * 64**2
+    assert plan.slabs[10**5].key == next(islice(plan.slabs, 10**5, None)).key
+    assert peak < 2**20, "a plan's memory grew with its slabs"
