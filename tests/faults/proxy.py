@@ -132,10 +132,12 @@ class FaultProxy:
     short: a part of the data as if it were all. flipped: all of it, one byte changed. Both without S3's checksums.
 
     500, 503, reset and stall come before or after the store has done what it was asked to.
+
+    Every request is held back for `delay_s` first, as if the store were far away.
     """
 
-    def __init__(self, upstream: str, seed: int = 0, stall_s: float = 30.0) -> None:
-        self.seed, self.stall_s = seed, stall_s
+    def __init__(self, upstream: str, seed: int = 0, stall_s: float = 30.0, delay_s: float = 0.0) -> None:
+        self.seed, self.stall_s, self.delay_s = seed, stall_s, delay_s
         self.requests: list[Request] = []
         self.injected: Counter[str] = Counter()
         self.closing = threading.Event()
@@ -224,6 +226,7 @@ class _Connection(BaseHTTPRequestHandler):
         proxy, body = self.server.proxy, self._body()
         url = urlsplit(self.path)
         request = Request(self.command, unquote(url.path), url.query, self.headers["Range"])
+        proxy.closing.wait(proxy.delay_s)
         fault, dice = proxy.choose(request)
         late = request.method in CHANGES and dice.random() < 0.5
         response = NONE
