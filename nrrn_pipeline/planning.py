@@ -26,6 +26,8 @@ ALGORITHM = 1  # raised whenever the same settings would give other voxels than 
 
 CHUNK: Shape = (16, 256, 256)  # 1 MiB of uint8: what a viewer fetches at a time
 SHARD: Shape = (64, 512, 512)  # 16 MiB of uint8: few files, yet one task's worth
+GPU_SLAB: Shape = (128, 2048, 2048)  # seconds of a GPU's work, of which its halo is 3 %
+SLABS_A_GPU = 4  # or more, so that all of them are at work until the end
 TILE_BYTES = 2**30  # for one tile: its stack of slices, and what the network makes of it
 MAX_SLABS = 2**22  # a driver keeps about a kB of each
 
@@ -74,7 +76,8 @@ class Layout:
     """How the work is cut and the output stored, in voxels; None takes the default.
 
     tile: side of the largest window that the network sees; by default what computes the least within TILE_BYTES.
-    growing: for a source that will have more slices, so that its depth of today decides nothing.
+    growing: for a source that will have more slices, so that its depth of today decides nothing. gpus: that share the
+    work; slabs are larger then, unless told, as each takes a GPU a moment.
     """
 
     slab: Shape | None = None
@@ -83,6 +86,7 @@ class Layout:
     tile: int | None = None
     halo: int | None = None
     growing: bool = False
+    gpus: int = 0
 
     def __post_init__(self) -> None:
         """Raises InputError for sizes below 1."""
@@ -240,7 +244,7 @@ def plan_denoise(
     refuse_outside(box, source.box)
     target = _target_volume(source, group_url, box, layout)
     refuse_unwritable(target)
-    slab = layout.slab or target.write_unit
+    slab = layout.slab or _default_slab(target, layout)
     _refuse_unaligned(slab, target)
     slabs = prod(-(-length // size) for length, size in zip(box.shape, slab, strict=True))
     units = prod(-(-length // size) for length, size in zip(box.shape, target.write_unit, strict=True))
@@ -303,6 +307,21 @@ def _target_volume(source: Volume, group_url: str, box: Box, layout: Layout) -> 
         in_nm=source.in_nm,
         level_path="0",
     )
+
+
+def _default_slab(target: Volume, layout: Layout) -> Shape:
+    """A shard; for GPUs as many as GPU_SLAB holds, while each GPU has SLABS_A_GPU of them."""
+    shard = target.write_unit
+    if not layout.gpus or layout.growing:
+        return shard
+    units = [max(1, most // size) for most, size in zip(GPU_SLAB, shard, strict=True)]
+    there = [-(-length // size) for length, size in zip(target.shape, shard, strict=True)]
+    units = [min(wanted, found) for wanted, found in zip(units, there, strict=True)]
+    while max(units) > 1 and prod(-(-n // of) for n, of in zip(there, units, strict=True)) < SLABS_A_GPU * layout.gpus:
+        largest = units.index(max(units))
+        units[largest] = -(-units[largest] // 2)
+    z, y, x = (size * of for size, of in zip(shard, units, strict=True))
+    return z, y, x
 
 
 def _fitted(wanted: Shape, extent: Shape, unit: Shape) -> Shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import replace
 
 from nrrn_pipeline.denoisers import Weights, filter_for
@@ -10,10 +11,10 @@ from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.filters import FILTERS, Filter
 from nrrn_pipeline.geometry import Shape
 from nrrn_pipeline.ledger import Ledger
-from nrrn_pipeline.network import architecture_of, bytes_hash, choose_device, parse_header
+from nrrn_pipeline.network import architecture_of, bytes_hash, choose_device, gpu_count, parse_header
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import absolute
-from nrrn_pipeline.planning import DenoisePlan, Method, plan_denoise
+from nrrn_pipeline.planning import DenoisePlan, Layout, Method, plan_denoise
 from nrrn_pipeline.shipped import located, read_weights
 from nrrn_pipeline.volume import Volume, open_volume
 
@@ -41,13 +42,34 @@ def make_plan(source: Location, output: Location, weights: Location | Weights | 
 
 def plan_for(volume: Volume, output: Location, weights: Location | Weights | None, options: Options) -> DenoisePlan:
     """The plan of what denoise would do with a volume. Raises InputError where it would."""
-    layout, url = options.layout, absolute(output)
-    begun = Ledger(f"{url}/0")
-    if begun.followed() and (settings := begun.settings()):  # as it was cut when it was not whole yet
-        slab, chunk, shard = (shape_of(settings[name]) for name in ("slab", "chunk", "shard"))
-        layout = replace(layout, slab=layout.slab or slab, chunk=layout.chunk or chunk, shard=layout.shard or shard)
+    url = absolute(output)
+    layout = _as_begun(options, Ledger(f"{url}/0"))
     denoiser = _denoiser_for(volume, weights, options.method)
     return plan_denoise(volume, url, denoiser, layout, options.roi, options.method)
+
+
+def _as_begun(options: Options, begun: Ledger) -> Layout:
+    """The layout asked for; what is left open as in an output that is begun, wherever and by whichever defaults.
+
+    Else for a GPU slabs of several shards, as it denoises one in a moment.
+    """
+    layout = options.layout
+    if begun.followed() or not options.overwrite:
+        with suppress(InputError, LookupError, TypeError, ValueError):  # what is damaged is told, or mended, later
+            if settings := begun.settings():
+                slab, chunk, shard = (shape_of(settings[name]) for name in ("slab", "chunk", "shard"))
+                tile = int(settings["tile"]) if layout.tile is None else layout.tile
+                chunk, shard = layout.chunk or chunk, layout.shard or shard
+                return replace(layout, slab=layout.slab or slab, chunk=chunk, shard=shard, tile=tile)
+    return layout if layout.slab else replace(layout, gpus=_gpus(options))
+
+
+def _gpus(options: Options) -> int:
+    """That the options ask for; 0 where a GPU may be found by workers alone."""
+    if options.here:
+        return max(1, gpu_count()) if choose_device(options.device).type == "cuda" else 0
+    settings = options.cluster_settings
+    return int(getattr(settings, "gpus", 0)) * int(getattr(settings, "workers", 1))
 
 
 def _denoiser_for(volume: Volume, weights: Location | Weights | None, method: Method) -> Weights | Filter:

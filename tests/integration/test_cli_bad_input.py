@@ -16,6 +16,7 @@ import torch
 import zarr
 from safetensors.torch import save_file
 
+from nrrn_pipeline.ledger import Ledger
 from tests.commands import Nrrn
 from tests.support import bare_zarr, image_like, tiny_weights
 
@@ -245,7 +246,7 @@ def test_overwrite_deletes_nothing_but_zarr(lab: Lab, kind: str) -> None:
 
 
 CHANGES = {
-    "--tile 64": "tile was 256, now 64",
+    "--tile 64": "tile was 72, now 64",
     "--halo 9": "halo was 4, now 9",
     "--images 2": "images was 3, now 2",
     "--stats volume": "statistics was slice, now volume",
@@ -260,6 +261,21 @@ def test_an_output_begun_with_other_settings_says_what_changed(lab: Lab, options
     refusal = lab.refusal(*options.split())
     assert re.search(CHANGES[options], refusal)
     assert "--overwrite" in refusal
+
+
+def test_sizes_that_are_left_open_are_those_of_an_output_that_is_begun(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a run goes on where other sizes are usual, as with a GPU."""
+    lab.denoise("--tile", "40", "--chunk", "4,16,16", "--shard", "4,48,32", "--slab", "8,48,32")
+    before = Ledger(str(lab.folder / "out.zarr" / "0")).settings()
+    lab.denoise()
+    assert Ledger(str(lab.folder / "out.zarr" / "0")).settings() == before
+    monkeypatch.setattr("nrrn_pipeline.planning.TILE_BYTES", 10**6)
+    lab.denoise("--overwrite")  # whole, so it is begun anew
+    found = Ledger(str(lab.folder / "out.zarr" / "0")).settings() or {}
+    assert found["slab"] == [8, 48, 64]
+    assert found["tile"] == 22 + 8, "a third, and a halo of 4 on each side"
 
 
 def test_an_output_begun_with_other_weights_says_so(lab: Lab) -> None:

@@ -344,3 +344,27 @@ def test_a_plan_of_any_size_is_as_small(layers: int) -> None:
     assert cost.slabs == len(plan.slabs) == layers * 64**2
     assert plan.slabs[10**5].key == next(islice(plan.slabs, 10**5, None)).key
     assert peak < 2**20, "a plan's memory grew with its slabs"
+
+
+@pytest.mark.parametrize(
+    ("shape", "gpus", "slab"),
+    [
+        ((2000, 4000, 6000), 8, (128, 2048, 2048)),
+        ((2000, 4000, 6000), 0, (64, 512, 512)),
+        ((256, 2048, 2048), 2, (128, 1024, 1024)),
+        ((64, 512, 512), 4, (64, 512, 512)),
+        ((3, 700, 700), 1, (3, 512, 512)),
+    ],
+)
+def test_gpus_get_large_slabs_while_each_has_several(shape: Shape, gpus: int, slab: Shape) -> None:
+    weights, source = Weights("/w", "cafe", 4, 64), source_of(shape, dtype="uint8")
+    plan = plan_denoise(source, "/out.zarr", weights, Layout(gpus=gpus))
+    assert plan.slab == slab
+    assert len(plan.slabs) >= 4 * gpus or plan.slab == plan.target.write_unit
+
+
+def test_the_default_plan_of_a_large_volume_reads_little_twice() -> None:
+    weights, source = Weights("/w", "cafe", 4, 64), source_of((2000, 4000, 6000), (16, 256, 256), "uint8")
+    plans = [plan_denoise(source, "/out.zarr", weights, Layout(gpus=gpus)) for gpus in (0, 8)]
+    assert [cost_of(plan).read_amplification < 1.09 for plan in plans] == [True, True]
+    assert [round(cost_of(plan).chunk_amplification, 1) for plan in plans] == [5.5, 1.6]
