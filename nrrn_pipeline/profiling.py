@@ -78,8 +78,8 @@ class Profile:
         if self.computing >= BUSY:
             stage = max(COMPUTING, key=lambda each: self.spent.get(each, 0.0))
             return f"{stage}: workers compute {self.computing:.0%} of the time; more, or faster, ones would help"
-        stage = max(beside, key=lambda each: beside[each])
-        if beside[stage] < self.spent["network"] * (1 - BUSY):
+        stage = max(beside, key=lambda each: beside[each], default="")
+        if not stage or beside[stage] < (1 - BUSY) * sum(self.spent.get(each, 0.0) for each in COMPUTING):
             return f"none in a slab: workers compute {self.computing:.0%} of the time, and have too few slabs, or start"
         return f"{stage}: {STAGES.get(stage, '')}; workers compute only {self.computing:.0%} of the time"
 

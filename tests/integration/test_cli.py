@@ -126,6 +126,12 @@ def test_a_run_sums_up_what_it_did(denoise: Denoise) -> None:
     assert re.fullmatch(r"[\d.]+ s, [\d.]+ million voxels/s, peak memory of a worker [\d.]+ [MG]B", second)
 
 
+def test_a_profile_says_where_the_time_went(denoise: Denoise) -> None:
+    rows = dict(line.split("  ", 1) for line in denoise("--profile").out.splitlines()[2:] if not line.startswith(" "))
+    assert rows.keys() == {"statistics and start", "denoising", "bottleneck"}
+    assert "network" in denoise("--profile", "--overwrite").out
+
+
 def test_a_second_run_redoes_nothing(denoise: Denoise) -> None:
     denoise(*LAYOUT)
     before = _times(denoise.folder / "out.zarr")
