@@ -227,7 +227,8 @@ def repair(
         slab, chunk, shard = (shape_of(settings[name]) for name in ("slab", "chunk", "shard"))
         layout = Layout(slab, chunk, shard, settings["tile"], settings["halo"])
         name = settings["filter"]["name"] if "filter" in settings else None
-        stitch, precision = settings.get("stitch", "crop"), (options or Options()).method.precision
+        stitch = settings.get("stitch", "crop")
+        precision = settings.get("precision", (options or Options()).method.precision)
         method = Method(settings["images"], settings["statistics"], name, stitch, precision)
         source, level = _source_of(settings["source"], provenance["source group"])
         roi, used = Box.parse(settings["roi"]), weights or provenance["weights"]

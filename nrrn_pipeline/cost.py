@@ -16,7 +16,7 @@ from nrrn_pipeline.statistics import statistics_grid
 from nrrn_pipeline.volume import Volume
 
 PROCESS_BYTES = 400 * 2**20  # a worker with Python, Dask, zarr and torch loaded, before its first slab
-DECODED_AT_ONCE = 10  # chunks; zarr's async.concurrency
+AT_ONCE = 10  # chunks that are decoded, and shards encoded; zarr's async.concurrency
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ def worker_bytes(plan: DenoisePlan, at_once: int = 1) -> int:
     item = plan.source.itemsize
     voxels_in, voxels_out = slab.read.size * item, slab.keep.size * item
     fetched = fetched_voxels(plan.source, slab.read)
-    decoding = min(DECODED_AT_ONCE * prod(plan.source.chunk), fetched) * item
+    decoding = min(AT_ONCE * prod(plan.source.chunk), fetched) * item
     if plan.source.write_unit != plan.source.chunk:  # what is wanted of a shard comes in one piece
         decoding += fetched * item
-    encoding = 3 * min(slab.keep.size, prod(plan.target.write_unit)) * item  # chunks, their shard, its bytes to send
+    encoding = 3 * min(slab.keep.size, AT_ONCE * prod(plan.target.write_unit)) * item  # chunks, shards, bytes to send
     stack = stack_bytes(len(slab.read.z), pixels, plan.source.dtype)
     maps = working_bytes(plan.denoiser, pixels, plan.method.images)
     if plan.method.stitch == "blend" and not isinstance(plan.denoiser, Noise):

@@ -18,7 +18,7 @@ from nrrn_pipeline.denoisers import Denoiser, stack_bytes, working_bytes
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.filters import FILTERS
 from nrrn_pipeline.geometry import Box, Cut, Shape, Span, spans_of, tiles_of
-from nrrn_pipeline.network import KINDS, refuse_unknown_precision
+from nrrn_pipeline.network import HALVES, KINDS, refuse_unknown_precision
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.volume import MAX_AXIS, Volume, refuse_unwritable
 
@@ -26,8 +26,6 @@ ALGORITHM = 1  # raised whenever the same settings would give other voxels than 
 
 CHUNK: Shape = (16, 256, 256)  # 1 MiB of uint8: what a viewer fetches at a time
 SHARD: Shape = (64, 512, 512)  # 16 MiB of uint8: few files, yet one task's worth
-GPU_SLAB: Shape = (128, 2048, 2048)  # seconds of a GPU's work, of which its halo is 3 %
-SLABS_A_GPU = 4  # or more, so that all of them are at work until the end
 TILE_BYTES = 2**30  # for one tile: its stack of slices, and what the network makes of it
 MAX_SLABS = 2**22  # a driver keeps about a kB of each
 
@@ -41,8 +39,8 @@ class Method:
 
     name: a filter's, in the network's place, or the kind of network that the weights must hold; None: what they hold.
     stitch: "crop", the paper's; or "blend": tiles are weighted where they overlap, which keeps what their edges spoil.
-    precision: of a network's arithmetic, "float32", "float16" or "bfloat16"; or "auto": on a GPU one of these two if it
-    gives all but the same, which each worker measures. As the device, it changes roundings alone, and may change.
+    precision: of a network's arithmetic, "float32", "float16" or "bfloat16", whatever comes of it; or "auto": on a GPU
+    one of the last two if it gives all but the same, which each worker measures, so that it may change as devices may.
     """
 
     images: int = 3
@@ -76,8 +74,7 @@ class Layout:
     """How the work is cut and the output stored, in voxels; None takes the default.
 
     tile: side of the largest window that the network sees; by default what computes the least within TILE_BYTES.
-    growing: for a source that will have more slices, so that its depth of today decides nothing. gpus: that share the
-    work; slabs are larger then, unless told, as each takes a GPU a moment.
+    growing: for a source that will have more slices, so that its depth of today decides nothing.
     """
 
     slab: Shape | None = None
@@ -86,7 +83,6 @@ class Layout:
     tile: int | None = None
     halo: int | None = None
     growing: bool = False
-    gpus: int = 0
 
     def __post_init__(self) -> None:
         """Raises InputError for sizes below 1."""
@@ -205,6 +201,7 @@ class DenoisePlan:
             "images": self.method.images,
             "statistics": self.method.statistics,
             **({} if self.method.stitch == "crop" else {"stitch": self.method.stitch}),
+            **({"precision": self.method.precision} if self.method.precision in HALVES else {}),
         }
 
     @property
@@ -244,7 +241,7 @@ def plan_denoise(
     refuse_outside(box, source.box)
     target = _target_volume(source, group_url, box, layout)
     refuse_unwritable(target)
-    slab = layout.slab or _default_slab(target, layout)
+    slab = layout.slab or target.write_unit
     _refuse_unaligned(slab, target)
     slabs = prod(-(-length // size) for length, size in zip(box.shape, slab, strict=True))
     units = prod(-(-length // size) for length, size in zip(box.shape, target.write_unit, strict=True))
@@ -307,21 +304,6 @@ def _target_volume(source: Volume, group_url: str, box: Box, layout: Layout) -> 
         in_nm=source.in_nm,
         level_path="0",
     )
-
-
-def _default_slab(target: Volume, layout: Layout) -> Shape:
-    """A shard; for GPUs as many as GPU_SLAB holds, while each GPU has SLABS_A_GPU of them."""
-    shard = target.write_unit
-    if not layout.gpus or layout.growing:
-        return shard
-    units = [max(1, most // size) for most, size in zip(GPU_SLAB, shard, strict=True)]
-    there = [-(-length // size) for length, size in zip(target.shape, shard, strict=True)]
-    units = [min(wanted, found) for wanted, found in zip(units, there, strict=True)]
-    while max(units) > 1 and prod(-(-n // of) for n, of in zip(there, units, strict=True)) < SLABS_A_GPU * layout.gpus:
-        largest = units.index(max(units))
-        units[largest] = -(-units[largest] // 2)
-    z, y, x = (size * of for size, of in zip(shard, units, strict=True))
-    return z, y, x
 
 
 def _fitted(wanted: Shape, extent: Shape, unit: Shape) -> Shape:

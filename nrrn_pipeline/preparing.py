@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from nrrn_pipeline.denoisers import Weights, filter_for
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.filters import FILTERS, Filter
 from nrrn_pipeline.geometry import Shape
 from nrrn_pipeline.ledger import Ledger
-from nrrn_pipeline.network import architecture_of, bytes_hash, choose_device, gpu_count, parse_header
+from nrrn_pipeline.network import architecture_of, bytes_hash, choose_device, parse_header
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.planning import DenoisePlan, Layout, Method, plan_denoise
+from nrrn_pipeline.run import resumable
 from nrrn_pipeline.shipped import located, read_weights
 from nrrn_pipeline.volume import Volume, open_volume
 
@@ -43,33 +45,28 @@ def make_plan(source: Location, output: Location, weights: Location | Weights | 
 def plan_for(volume: Volume, output: Location, weights: Location | Weights | None, options: Options) -> DenoisePlan:
     """The plan of what denoise would do with a volume. Raises InputError where it would."""
     url = absolute(output)
-    layout = _as_begun(options, Ledger(f"{url}/0"))
-    denoiser = _denoiser_for(volume, weights, options.method)
-    return plan_denoise(volume, url, denoiser, layout, options.roi, options.method)
+    begun, denoiser = Ledger(f"{url}/0"), _denoiser_for(volume, weights, options.method)
+    plan = partial(plan_denoise, volume, url, denoiser, roi=options.roi, method=options.method)
+    if not options.overwrite or begun.followed():
+        return plan(layout=_as_begun(options.layout, begun))
+    with suppress(InputError):
+        if resumable(made := plan(layout=_as_begun(options.layout, begun))):
+            return made  # which overwriting keeps
+    return plan(layout=options.layout)
 
 
-def _as_begun(options: Options, begun: Ledger) -> Layout:
-    """The layout asked for; what is left open as in an output that is begun, wherever and by whichever defaults.
-
-    Else for a GPU slabs of several shards, as it denoises one in a moment.
-    """
-    layout = options.layout
-    if begun.followed() or not options.overwrite:
-        with suppress(InputError, LookupError, TypeError, ValueError):  # what is damaged is told, or mended, later
-            if settings := begun.settings():
-                slab, chunk, shard = (shape_of(settings[name]) for name in ("slab", "chunk", "shard"))
-                tile = int(settings["tile"]) if layout.tile is None else layout.tile
-                chunk, shard = layout.chunk or chunk, layout.shard or shard
-                return replace(layout, slab=layout.slab or slab, chunk=chunk, shard=shard, tile=tile)
-    return layout if layout.slab else replace(layout, gpus=_gpus(options))
-
-
-def _gpus(options: Options) -> int:
-    """That the options ask for; 0 where a GPU may be found by workers alone."""
-    if options.here:
-        return max(1, gpu_count()) if choose_device(options.device).type == "cuda" else 0
-    settings = options.cluster_settings
-    return int(getattr(settings, "gpus", 0)) * int(getattr(settings, "workers", 1))
+def _as_begun(layout: Layout, begun: Ledger) -> Layout:
+    """The layout with what is left open as in an output that is begun, wherever and by whichever defaults."""
+    with suppress(InputError, LookupError, TypeError, ValueError, OverflowError):  # what is damaged is told later
+        if settings := begun.settings():
+            slab, chunk, shard = (shape_of(settings[name]) for name in ("slab", "chunk", "shard"))
+            tile, halo = (
+                int(settings[name]) if asked is None else asked
+                for name, asked in (("tile", layout.tile), ("halo", layout.halo))
+            )
+            chunk, shard = layout.chunk or chunk, layout.shard or shard
+            return replace(layout, slab=layout.slab or slab, chunk=chunk, shard=shard, tile=tile, halo=halo)
+    return layout
 
 
 def _denoiser_for(volume: Volume, weights: Location | Weights | None, method: Method) -> Weights | Filter:

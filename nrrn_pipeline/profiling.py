@@ -64,7 +64,9 @@ class Profile:
         whole = len(self.workers) * self.denoising_s
         rows = {"statistics and start": f"{self.statistics_s:.1f} s"}
         workers = counted(len(self.workers), "worker")
-        rows["denoising"] = f"{self.denoising_s:.1f} s of {workers}, together {whole:.1f} s; of these"
+        rows["denoising"] = (
+            f"{self.denoising_s:.1f} s of {workers}, together {whole:.1f} s; of these, in part side by side"
+        )
         for stage, words in STAGES.items():
             if seconds := self.spent.get(stage, 0.0):
                 rows[f"  {stage}"] = f"{seconds:8.1f} s  {seconds / whole:6.1%}  {words}"

@@ -65,14 +65,14 @@ def run_plan(
     ledger = Ledger(plan.target.url)
     for waited in wait_for_end(ledger.url):
         yield waiting(waited)
-    replacing = overwrite and storage.exists(plan.group_url) and not _resumable(plan)
+    replacing = overwrite and storage.exists(plan.group_url) and not resumable(plan)
     statistics = yield from _all_statistics(plan, runner, None if replacing else ledger.statistics_for(plan))
     check_output(plan, overwrite)  # once more, as to measure takes long
     lease, state = Lease(ledger.url), "interrupted"
     try:
         for waited in lease.take():
             yield waiting(waited)
-        _claim_output(plan, statistics, replacing and not _resumable(plan))
+        _claim_output(plan, statistics, replacing and not resumable(plan))
         create_output(plan)
         _forget(plan, again)
         try:
@@ -141,7 +141,7 @@ def _provenance_fits(plan: DenoisePlan) -> bool:
         return False
 
 
-def _resumable(plan: DenoisePlan) -> bool:
+def resumable(plan: DenoisePlan) -> bool:
     """Whether an output that exists is this plan's, and unfinished."""
     try:
         state = (get_provenance(plan.group_url) or {}).get("state")

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from time import perf_counter, time
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,12 +31,14 @@ from nrrn_pipeline.planning import DenoisePlan, Slab
 from nrrn_pipeline.shipped import read_weights
 from nrrn_pipeline.statistics import SliceStatistics
 from nrrn_pipeline.stitching import blended
-from nrrn_pipeline.stopwatch import Stopwatch
+from nrrn_pipeline.stopwatch import Busy, Stopwatch
 from nrrn_pipeline.volume import read_box, write_box
 
 WORST_LEVELS = 0.5  # grey levels, root mean square, by which a faster precision may differ from float32 for uint8
 WORST_OF_STD = 1 / 64  # for any dtype, of a slice's standard deviation: half a level of 32
 SAMPLES = 8  # slabs that are looked at for an image
+
+T = TypeVar("T")
 
 # one slab computes at a time: with two in a process, the other is read, or written, meanwhile
 _computing, _loading = threading.Lock(), threading.Lock()
@@ -128,7 +130,7 @@ def _loaded(plan: DenoisePlan, device: str) -> tuple[Network, str]:
         return in_slot(network, device, images, precision), precision
     sample = sample_of(plan)
     if sample is None:
-        return in_slot(network, device, images), "float32, as there is no image to try others on"
+        return in_slot(network, device, images), "float32, as no image was found to try others on"
     levels = sample.std(axis=(1, 2), dtype=np.float64, keepdims=True)
     normal = ((sample - sample.mean(axis=(1, 2), keepdims=True)) / levels).astype(np.float32)
     std, allowed = float(levels[1, 0, 0]), float(levels[1, 0, 0]) * WORST_OF_STD
@@ -146,7 +148,7 @@ def sample_of(plan: DenoisePlan) -> NDArray[Any] | None:
     middle = len(plan.slabs) // 2
     for slab in plan.slabs[middle : middle + SAMPLES]:
         y, x = next(plan.tiles(slab))
-        z = (slab.keep.z.start + slab.keep.z.stop) // 2
+        z = min(max(1, (slab.keep.z.start + slab.keep.z.stop) // 2), plan.source.shape[0] - 2)
         voxels = read_box(plan.source, Box(Span(z, z + 1).grown(1, plan.source.box.z), y.read, x.read))
         if len(voxels) == 3 and voxels.std(axis=(1, 2)).min() > 0:
             return voxels
@@ -176,11 +178,10 @@ def denoise_voxels(
             for (y, x), estimate in blended(tiles, slab.keep):
                 to[:, y, x] = stack.in_levels(estimate)
         else:
-            _in_lanes(network.lanes, partial(_denoise_tile, stack, timed, slab.keep, to), plan.tiles(slab))
+            in_lanes(network.lanes, partial(_denoise_tile, stack, timed, slab.keep, to), plan.tiles(slab))
     if watch is not None:
-        computed = timed.seconds / network.lanes
-        watch.add("network", computed)
-        watch.add("prepare", perf_counter() - started - computed)
+        watch.add("network", timed.busy.seconds)
+        watch.add("prepare", perf_counter() - started - timed.busy.seconds)
     return denoised
 
 
@@ -212,29 +213,38 @@ def _denoise_tile(stack: _Stack, network: _Timed, keep: Box, to: NDArray[Any], c
     to[:, y.keep.within(keep.y), x.keep.within(keep.x)] = stack.in_levels(estimate)
 
 
-def _in_lanes(lanes: int, work: Callable[[tuple[Cut, Cut]], None], tiles: Iterator[tuple[Cut, Cut]]) -> None:
-    """Tile by tile, so many at a time; the first error ends it."""
+def in_lanes(lanes: int, work: Callable[[T], object], items: Iterable[T]) -> None:
+    """One after the other, so many at a time; when one fails the rest is not begun, and what was begun is finished."""
     if lanes == 1:
-        for tile in tiles:
-            work(tile)
+        for item in items:
+            work(item)
         return
-    with ThreadPoolExecutor(lanes, thread_name_prefix="tile") as pool:
-        for _ in pool.map(work, tiles):
-            pass
+    pool = _lanes(lanes)
+    begun = [pool.submit(work, item) for item in items]
+    try:
+        for each in begun:
+            each.result()
+    finally:
+        for each in begun:
+            each.cancel()
+        wait(begun)
+
+
+@cache
+def _lanes(lanes: int) -> ThreadPoolExecutor:
+    """Threads that live as long as the process: each has a stream of a GPU, and what was learnt of its algorithms."""
+    return ThreadPoolExecutor(lanes, thread_name_prefix="tile")
 
 
 class _Timed:
-    """A network, and the seconds that its calls took, those at the same time each on its own."""
+    """A network, and the seconds in which a call of it was under way."""
 
     def __init__(self, network: Network) -> None:
-        self.network, self.seconds, self._adding = network, 0.0, threading.Lock()
+        self.network, self.busy = network, Busy()
 
     def __call__(self, stack: NDArray[np.float32]) -> NDArray[np.float32]:
-        started = perf_counter()
-        estimate = self.network(stack)
-        with self._adding:
-            self.seconds += perf_counter() - started
-        return estimate
+        with self.busy:
+            return self.network(stack)
 
 
 def stacks_of(keep: Span, not_blank: set[int]) -> Iterator[list[int]]:
@@ -267,7 +277,10 @@ def _of_slices(values: tuple[float, ...], rows: list[int], dtype: np.dtype[Any])
 def _as_dtype(estimate: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Rounded and clipped to the range of an integer dtype."""
     if not np.isfinite(estimate).all():
-        raise RunError("the network gave voxels that are not finite numbers: its weights are damaged or did not train")
+        raise RunError(
+            "the network gave voxels that are not finite numbers: its weights are damaged or did not train; or it "
+            "needs precision float32"
+        )
     if dtype.kind == "f":
         return estimate.astype(dtype, copy=False)
     limits = np.iinfo(dtype)

@@ -43,18 +43,20 @@ def note(stage: str, seconds: float) -> None:
 
 
 class Busy:
-    """How long anything at all was under way, of what may be many things at a time. For one thread, or event loop."""
+    """How long anything at all was under way, of what may be many things at a time, in any threads."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self._under_way, self._since = 0, 0.0
+        self._under_way, self._since, self._counting = 0, 0.0, threading.Lock()
 
     def __enter__(self) -> None:
-        if self._under_way == 0:
-            self._since = perf_counter()
-        self._under_way += 1
+        with self._counting:
+            if self._under_way == 0:
+                self._since = perf_counter()
+            self._under_way += 1
 
     def __exit__(self, *_: object) -> None:
-        self._under_way -= 1
-        if self._under_way == 0:
-            self.seconds += perf_counter() - self._since
+        with self._counting:
+            self._under_way -= 1
+            if self._under_way == 0:
+                self.seconds += perf_counter() - self._since

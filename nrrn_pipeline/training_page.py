@@ -120,7 +120,7 @@ def _learnt(weights: Location) -> Learnt:
             shape=tuple(int(length) for length in shown["shape"]),
             dtype=str(shown["dtype"]),
             part=Box.parse(shown["roi"]),
-            mask=shown["mask"],
+            mask=None if shown["mask"] is None else str(shown["mask"]),
             held_out=held_out,
             noise=_noise_of(shown["noise"]),
         )
@@ -153,7 +153,9 @@ def _box_shown(learnt: Learnt, volume: Volume) -> Box:
     refuse_outside(slice_, volume.box)
     blocks = image_blocks(volume, slice_)
     if learnt.mask is not None:
-        masked = blocks & blocks_of(open_volume(learnt.mask, dtypes=MASK_DTYPES), slice_)
+        mask = open_volume(learnt.mask, dtypes=MASK_DTYPES)
+        refuse_outside(slice_, mask.box, "the mask's part")
+        masked = blocks & blocks_of(mask, slice_)
         blocks = masked if masked.any() else blocks
     if not blocks.any():
         raise InputError(f"{volume.url} is constant in {slice_}, which was to be shown: restore it")

@@ -21,8 +21,8 @@ from nrrn_pipeline.network import Network, device_text
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.preparing import make_plan
-from nrrn_pipeline.runners import raise_permanent
-from nrrn_pipeline.slab import load_network
+from nrrn_pipeline.runners import DaskRunner, raise_permanent
+from nrrn_pipeline.slab import in_lanes, load_network
 from nrrn_pipeline.volume import Volume, open_volume, read_box
 
 FEW, MORE = 2, 6  # slices of a stack: what it takes beside its slices, and what each takes
@@ -66,9 +66,10 @@ class Benchmark:
     where: str
 
     @property
-    def efficiency(self) -> float:
-        """Our whole program's speed as a share of the network's own."""
-        return self.measured[0].speed / self.alone
+    def efficiency(self) -> float | None:
+        """Our whole program's speed as a share of the network's own; None if it failed."""
+        ours = self.measured[0]
+        return None if ours.run.failure else ours.speed / self.alone
 
     def facts(self) -> dict[str, Any]:
         """As JSON."""
@@ -87,8 +88,6 @@ def run_benchmark(task: Task, programs: Sequence[Program]) -> Benchmark:
     Raises InputError if the volume or the weights cannot be used, or an output exists.
     """
     names = [OURS, *(program.name for program in programs)]
-    if len({*names}) < len(names):
-        raise InputError(f"programs need names of their own, not {', '.join(names)}")
     outputs = {name: f"{task.folder}/{name}.zarr" for name in names}
     for url in outputs.values():
         if storage.exists(url):
@@ -109,9 +108,12 @@ def run_benchmark(task: Task, programs: Sequence[Program]) -> Benchmark:
 def compared(measured: Measured, ours_url: str, url: str) -> Measured:
     """The same with how its output differs from ours."""
     try:
-        expected, found = open_volume(ours_url), open_volume(url)
-    except InputError as error:
+        return _compared(measured, open_volume(ours_url), open_volume(url))
+    except (InputError, OSError) as error:
         return replace(measured, run=replace(measured.run, failure=str(error)))
+
+
+def _compared(measured: Measured, expected: Volume, found: Volume) -> Measured:
     if (expected.shape, expected.dtype) != (found.shape, found.dtype):
         told = f"its output is {found.dtype} of shape {found.shape}, not {expected.dtype} of {expected.shape}"
         return replace(measured, run=replace(measured.run, failure=told))
@@ -129,7 +131,7 @@ def network_alone(plan: DenoisePlan, device: str) -> tuple[float, str]:
     """
     options = Options(device=device, prefetch=False)
     with open_runner([plan], options) as (runner, where):
-        at_once = int(where.split()[0]) if where[0].isdigit() else 1
+        at_once = len(runner.client.nthreads()) if isinstance(runner, DaskRunner) else 1
         speeds = []
         for outcome in runner(partial(_alone, plan, device), range(at_once)):
             if outcome.error is not None:
@@ -137,25 +139,24 @@ def network_alone(plan: DenoisePlan, device: str) -> tuple[float, str]:
                 raise outcome.error
             speeds.append(outcome.result)
     machine = device_text() if device != "cpu" else None
-    return sum(speeds), f"{where}, {cores()} cores" + (f", {machine}" if machine else "")
+    return sum(speeds), f"{where.partition(', dashboard')[0]}, {cores()} cores" + (f", {machine}" if machine else "")
 
 
 def _alone(plan: DenoisePlan, device: str, _: int) -> float:
     """Voxels a second of one worker, on noise of the size of a tile, with the slices of a slab."""
     network = load_network(plan, device)[0]
     slab = plan.slabs[0]
-    tiles = list(plan.tiles(slab))
+    tiles, depth = list(plan.tiles(slab)), len(slab.keep.z)
     y, x = tiles[0]
     noise = np.random.default_rng(0).standard_normal((MORE + 2, len(y.read), len(x.read)), dtype=np.float32)
-    network(noise[:3])  # chooses algorithms, takes memory
+    _seconds(network, noise)  # chooses algorithms, takes memory
     few, more = (_seconds(network, noise[: slices + 2]) for slices in (FEW, MORE))
-    each = (more - few) / (MORE - FEW)
-    depth = len(slab.keep.z)
-    seconds = len(tiles) * (few + (depth - FEW) * each) if depth >= FEW else len(tiles) * few
-    return slab.keep.size / seconds
+    seconds = few + max(0, depth - FEW) * (more - few) / (MORE - FEW)
+    return slab.keep.size / (len(tiles) * seconds)
 
 
 def _seconds(network: Network, stack: NDArray[np.float32]) -> float:
+    """For one stack, of as many as it takes at a time."""
     started = perf_counter()
-    network(stack)
-    return perf_counter() - started
+    in_lanes(network.lanes, network, [stack] * network.lanes)
+    return (perf_counter() - started) / network.lanes

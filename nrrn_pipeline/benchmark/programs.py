@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,15 @@ def parse_program(text: str) -> Program:
     if shutil.which(words[0]) is None:
         raise InputError(f"{name}: there is no command {words[0]} here: name one, or its path")
     return Program(name, words)
+
+
+def parse_programs(texts: Sequence[str]) -> list[Program]:
+    """Several of them. Raises InputError if two have one name."""
+    programs = [parse_program(text) for text in texts]
+    names = [program.name for program in programs]
+    if len({*names}) < len(names):
+        raise InputError(f"programs need names of their own, not {', '.join(names)}")
+    return programs
 
 
 def ours(device: str) -> Program:

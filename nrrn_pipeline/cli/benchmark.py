@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from nrrn_pipeline import storage
-from nrrn_pipeline.benchmark import Task, columns_of, make_volume, parse_program, run_benchmark, write_benchmark
+from nrrn_pipeline.benchmark import Task, columns_of, make_volume, parse_programs, run_benchmark, write_benchmark
 from nrrn_pipeline.cli.options import Device, StorageOptions, parse_triple
 from nrrn_pipeline.cli.terminal import by_text, err, network_text, out, print_columns
 from nrrn_pipeline.errors import InputError, RunError
@@ -20,6 +20,8 @@ from nrrn_pipeline.network import NRRN, architecture_of, parse_header, weights_b
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.shipped import located, read_weights
 from nrrn_pipeline.volume import open_volume
+
+RANDOM = "weights.safetensors"
 
 
 def benchmark(
@@ -42,22 +44,26 @@ def benchmark(
 
     Example: nrrn benchmark --shape 16,512,512 --units 2 --channels 16 --out speed
     """
-    programs = [parse_program(text) for text in against or []]
+    programs = parse_programs(against or [])
     folder = absolute(folder)
     size = parse_triple("shape", shape)
+    made = None
     if weights is None:
-        weights = f"{folder}/weights.safetensors"
+        made, weights = weights_bytes(NRRN(units, channels), {"note": "random, for speed alone"}), f"{folder}/{RANDOM}"
         if storage.exists(weights):
             raise InputError(f"{weights} exists: choose another --out, or give it as --weights")
-        storage.write_file(weights, weights_bytes(NRRN(units, channels), {"note": "random, for speed alone"}))
+    else:
+        read_weights(located(weights))
     volume = open_volume(source) if source else make_volume(f"{folder}/source.ome.zarr", size or (64, 512, 512))
+    if made is not None:
+        storage.write_file(weights, made)
     found = run_benchmark(Task(volume, located(weights), folder, device), programs)
     network = architecture_of(parse_header(read_weights(located(weights)), weights))
     facts = {
         "volume": f"{volume.url}, {by_text(volume.shape)} {volume.dtype}",
         "network": network_text(network),
         "network alone": f"{found.alone / 1e6:.4f} million voxels/s on {found.where}",
-        "our whole program": f"{found.efficiency:.1%} of that",
+        "our whole program": "failed" if found.efficiency is None else f"{found.efficiency:.1%} of that",
         "machine": f"{platform.machine()}, {platform.system()}, torch {version('torch')}, {date.today()}",
         "command": shlex.join(["nrrn", *sys.argv[1:]]),
     }

@@ -84,7 +84,8 @@ def denoise(
     if summary.voxels:
         peak = bytes_text(summary.peak_memory_bytes)
         out.print(f"{summary.seconds:.1f} s, {speed / 1e6:.3f} million voxels/s, peak memory of a worker {peak}")
-    for arithmetic in sorted(summary.profile.arithmetic - {"float32"}):
+    told = {text.partition(";")[0]: text for text in sorted(summary.profile.arithmetic - {"float32"})}
+    for arithmetic in told.values():
         out.print(f"precision: {arithmetic}")
     if profile:
         print_rows(summary.profile.rows())

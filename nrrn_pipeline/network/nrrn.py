@@ -14,7 +14,7 @@ denoised slice is the mean of the branches of both neighbours. C channels, L bui
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Literal, cast
 
@@ -32,16 +32,16 @@ def conv3x3(channels_in: int, channels_out: int) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, kernel_size=3, padding=1)
 
 
-def noise_attention(h: Tensor) -> Tensor:
+def noise_attention(h: Tensor, dim: int = 1) -> Tensor:
     """(n, C, y, x) hidden state -> (n, 1, y, x) noise: the first channel, weighted by the strongest response."""
-    return h[:, :1] * torch.sigmoid(h.amax(dim=1, keepdim=True))
+    return h.narrow(dim, 0, 1) * torch.sigmoid(h.amax(dim=dim, keepdim=True))
 
 
 Step = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def unit_step(x: Tensor, w: Tensor, h_n: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """All of a building unit but its convolutions; differentiable.
+def unit_step(x: Tensor, w: Tensor, h_n: Tensor, v: Tensor, dim: int = 1) -> tuple[Tensor, Tensor]:
+    """All of a building unit but its convolutions; differentiable. `dim`: that of the channels, in all of them.
 
     x (n, 1, y, x) estimate, w = W * h_c and v = V * h_n (n, 3C, y, x), h_n (n, C, y, x) -> the next x and h_c.
 
@@ -50,14 +50,15 @@ def unit_step(x: Tensor, w: Tensor, h_n: Tensor, v: Tensor) -> tuple[Tensor, Ten
 
     The paper's eq. 1 exchanges u and 1 - u; the authors' tool does it so, and its checkpoints load here.
     """
-    w_update, w_reset, w_candidate = w.chunk(3, dim=1)
-    v_update, v_reset, v_candidate = v.chunk(3, dim=1)
+    w_update, w_reset, w_candidate = w.chunk(3, dim=dim)
+    v_update, v_reset, v_candidate = v.chunk(3, dim=dim)
     update = torch.sigmoid(w_update + v_update)
     reset = torch.sigmoid(w_reset + v_reset)
     candidate = torch.tanh(w_candidate + reset * v_candidate)
     h_c = torch.lerp(candidate, h_n, update)
-    x = x + noise_attention(h_c)
-    return x, torch.cat([torch.tanh(x).to(h_c.dtype), h_c[:, 1:]], dim=1)
+    x = x + noise_attention(h_c, dim)
+    rest = h_c.narrow(dim, 1, h_c.shape[dim] - 1)
+    return x, torch.cat([torch.tanh(x).to(h_c.dtype), rest], dim=dim)
 
 
 def unit_step_in_place(x: Tensor, w: Tensor, h_n: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,14 +168,15 @@ class NRRN(DenoisingNetwork):
             h_n = torch.tanh(self.advance(h_n))
             yield h_n, self._unit(unit).neighbour(h_n)
 
-    def _estimates(self, x: Tensor, w: Tensor, states: Iterable[tuple[Tensor, Tensor]], step: Step) -> Iterator[Tensor]:
+    def _estimates(self, x: Tensor, w: Tensor, states: Iterator[tuple[Tensor, Tensor]], step: Step) -> Iterator[Tensor]:
         """The branches' estimates (n, 1, y, x) after every unit, then the final ones.
 
         x: centres (n, 1, y, x); w: what the first unit sees of them; states: of n neighbours, or of one for all.
         """
         h = w  # what a unit sees of the centres, then their state: never both, nor the neighbours' of two units
         del w
-        for unit, (h_n, v) in enumerate(states):
+        for unit in range(len(self.units)):
+            h_n, v = next(states)
             if unit > 0:
                 h = self._unit(unit).centre(h)
             x, h = step(x, h, h_n, v)

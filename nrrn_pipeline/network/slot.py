@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from copy import deepcopy
 from time import perf_counter
 from typing import Any, Protocol
@@ -53,8 +53,12 @@ class TorchNetwork:
         self.network, self.device, self.images = network, device, images
         self.lanes = GPU_LANES if device.type == "cuda" else 1
         self._too_many: float = float("inf")  # pixels, as was seen
-        self._step: Step = CompiledStep() if device.type == "cuda" else unit_step_in_place
+        self._step: Step = unit_step_in_place
         self._own = threading.local()
+        if device.type == "cuda":
+            self._step = CompiledStep()
+            # for the whole process, as lanes run at the same time: float32 is float32, and algorithms are tried
+            torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True
 
     @property
     def reach(self) -> int:
@@ -69,12 +73,13 @@ class TorchNetwork:
     def __call__(self, stack: Stack) -> Stack:
         """(z+2, y, x) normalised stack -> (z, y, x) estimate. Raises RunError if memory suffices for no window."""
         pixels = stack.shape[1] * stack.shape[2]
+        ended = False
         if pixels < self._too_many:
             try:
                 return self._estimate(stack)
             except torch.OutOfMemoryError:
-                self._too_many = min(self._too_many, pixels)
-        if self.device.type == "cuda":
+                self._too_many, ended = min(self._too_many, pixels), True
+        if ended and self.device.type == "cuda":
             torch.cuda.empty_cache()  # out here, where the error no longer holds what was computed
         return self._in_halves(stack)
 
@@ -107,13 +112,13 @@ class TorchNetwork:
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        """On a GPU each thread has a stream, so that tiles overlap; float32 is float32 there too."""
-        with ExitStack() as stack:
-            if self.device.type == "cuda":
-                if not hasattr(self._own, "stream"):
-                    self._own.stream = torch.cuda.Stream(self.device)
-                stack.enter_context(torch.cuda.stream(self._own.stream))
-                stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False))
+        """On a GPU each thread has a stream, so that tiles overlap."""
+        if self.device.type != "cuda":
+            yield
+            return
+        if not hasattr(self._own, "stream"):
+            self._own.stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(self._own.stream):
             yield
 
 
@@ -123,17 +128,20 @@ def _along(axis: int, part: slice) -> tuple[slice, ...]:
 
 
 class CompiledStep:
-    """unit_step in one kernel by torch.compile; where that cannot be, step by step in place, with one warning."""
+    """unit_step in one kernel by torch.compile; where that cannot be, step by step in place, with one warning.
 
-    def __init__(self) -> None:
-        self._compiled: Any = torch.compile(unit_step, dynamic=False)
+    Pixels are made one axis, whose length may be any: else every size of window is compiled anew, and torch gives up
+    after a few.
+    """
+
+    def __init__(self, **how: Any) -> None:
+        self._compiled: Any = torch.compile(unit_step, **how)
 
     def __call__(self, x: Tensor, w: Tensor, h_n: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """As unit_step."""
         if self._compiled is not None:
             try:
-                found: tuple[Tensor, Tensor] = self._compiled(x, w, h_n, v)
-                return found
+                return self._in_rows(x, w, h_n, v)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # of many kinds: no compiler, no Triton, a GPU that it does not know
@@ -141,6 +149,16 @@ class CompiledStep:
                 reason = str(error).strip().partition("\n")[0]
                 warnings.warn(f"the network runs uncompiled, and slower: {reason}", RuntimeWarning, stacklevel=2)
         return unit_step_in_place(x, w, h_n, v)
+
+    def _in_rows(self, x: Tensor, *states: Tensor) -> tuple[Tensor, Tensor]:
+        """By (n, pixels, channels), which tensors in channels-last layout are already."""
+        rows = [of.permute(0, 2, 3, 1).flatten(1, 2) for of in (x, *states)]
+        for of in rows:
+            torch._dynamo.mark_dynamic(of, 1)
+        x_next, h_next = self._compiled(*rows, dim=2)
+        height, width = x.shape[2:]
+        found = (of.unflatten(1, (height, width)).permute(0, 3, 1, 2) for of in (x_next, h_next))
+        return next(found), next(found)
 
 
 def after_each_unit(network: DenoisingNetwork, stack: Stack) -> Stack:
@@ -190,7 +208,10 @@ def in_slot(network: DenoisingNetwork, device: str, images: int, precision: str 
     """The network on its device, in a precision ("float32", or one of HALVES), laid out for speed."""
     where = choose_device(device)
     # channels last: the layout in which convolutions of many channels run fastest, on CPU and GPU alike
-    moved = network.to(where, getattr(torch, precision)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    laid_out = network.to(getattr(torch, precision)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    moved = laid_out.to(where)
+    if where.type == "cuda":
+        torch.cuda.synchronize()  # lanes have streams of their own, which wait for no other
     return TorchNetwork(moved, where, images)
 
 
@@ -212,14 +233,18 @@ def fastest_in_slot(
 
 
 def seconds_per_pixel(network: Network, window: tuple[int, int], threads: int) -> float:
-    """The network's time for one pixel of a slice here, measured on two slices of noise of (y, x) `window` pixels."""
-    stack = np.random.default_rng(0).standard_normal((4, *window), dtype=np.float32)
+    """The network's time for one pixel of a slice here, measured on slices of noise of (y, x) `window` pixels."""
+    stack = np.random.default_rng(0).standard_normal((5, *window), dtype=np.float32)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        network(stack[:3])  # the first call also chooses algorithms and takes memory
-        started = perf_counter()
-        network(stack)
-        return (perf_counter() - started) / stack[1:-1].size
+        network(stack)  # the first call also chooses algorithms and takes memory
+        # each slice more; the first also takes its neighbours
+        seconds = []
+        for slices in (1, 3):
+            started = perf_counter()
+            network(stack[: slices + 2])
+            seconds.append(perf_counter() - started)
+        return float(seconds[1] - seconds[0]) / 2 / int(stack[0].size)
     finally:
         torch.set_num_threads(before)

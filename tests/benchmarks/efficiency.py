@@ -25,7 +25,7 @@ def show(where: str, volume_at: str, folder: str, weights: str, shape: tuple[int
     run = found.measured[0].run
     print(
         f"{where}: {run.seconds:.1f} s{run.failure}, {found.measured[0].speed / 1e6:.4f} million voxels/s; the network "
-        f"alone {found.alone / 1e6:.4f}; {found.efficiency:.1%} of that; memory {run.peak_bytes / 1e6:.0f} MB",
+        f"alone {found.alone / 1e6:.4f}; {found.efficiency or 0:.1%} of that; memory {run.peak_bytes / 1e6:.0f} MB",
         flush=True,
     )
 

@@ -34,7 +34,8 @@ def peer(name: str) -> str:
 
 
 def test_programs_are_timed_on_one_volume_and_their_outputs_compared(tmp_path: Path, nrrn: Nrrn) -> None:
-    said = nrrn("benchmark", *SMALL, "--out", tmp_path / "b", "--against", peer("map-overlap"))
+    words = ("--shape", "20,40,300", *SMALL[2:])  # chunks of which each has neighbours along z and x
+    said = nrrn("benchmark", *words, "--out", tmp_path / "b", "--against", peer("map-overlap"))
     assert said.status == 0, said.err
     header, ours, other = (line.split("\t") for line in said.out.splitlines()[:3])
     assert header[:3] == ["program", "seconds", "Mvoxel/s"]
@@ -43,7 +44,7 @@ def test_programs_are_timed_on_one_volume_and_their_outputs_compared(tmp_path: P
     assert [each["name"] for each in found["programs"]] == ["nrrn", "map-overlap"]
     for each in found["programs"]:
         assert each["failure"] == ""
-        assert each["voxels_per_s"] == pytest.approx(3 * 40 * 44 / each["seconds"])
+        assert each["voxels_per_s"] == pytest.approx(20 * 40 * 300 / each["seconds"])
         assert each["peak_bytes"] > 50e6
     assert found["programs"][1]["largest_difference"] <= 1
     assert found["programs"][1]["far"] == 0
@@ -88,7 +89,7 @@ def test_a_program_that_fails_or_gives_something_else_is_named(tmp_path: Path, n
         (("--against", "lab"), "--against 'lab' is not understood: expected NAME=COMMAND"),
         (("--against", "lab='x"), "is not understood: No closing quotation"),
         (("--against", "nrrn=true"), "the name of letters and digits, not nrrn"),
-        (("--against", "a=true", "--against", "a=false"), "programs need names of their own, not nrrn, a, a"),
+        (("--against", "a=true", "--against", "a=false"), "programs need names of their own, not a, a"),
         (("--against", "lab=/no/such/program"), "lab: there is no command /no/such/program"),
         (("--shape", "0,4,4"), "shape 0,4,4 has no voxels"),
         (("--shape", "4,4"), "--shape '4,4' is not understood"),
@@ -98,6 +99,7 @@ def test_a_program_that_fails_or_gives_something_else_is_named(tmp_path: Path, n
 def test_bad_words_are_one_line(tmp_path: Path, nrrn: Nrrn, words: tuple[str, ...], message: str) -> None:
     said = nrrn("benchmark", *SMALL, *words, "--out", tmp_path / "b")
     assert said.status == 2
+    assert not (tmp_path / "b").exists()
     assert message in said.err.splitlines()[-1]
 
 
@@ -143,4 +145,4 @@ def test_the_peers_give_our_output(name: str, differing: float, tmp_path: Path, 
     assert said.status == 0, said.err + said.out
     found = json.loads((tmp_path / "b" / "benchmark.json").read_text())["programs"][1]
     assert found["far"] <= differing
-    assert found["largest_difference"] <= 1 or differing
+    assert (found["largest_difference"] <= 1) == (name == "vemden")

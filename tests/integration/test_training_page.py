@@ -226,6 +226,7 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "is uint8 of shape (24, 64, 72)",
     ),
     "another dtype": (lambda record: record["volumes"][0].update(dtype="uint16"), "learnt from uint16 of (24, 64, 72)"),
+    "odd mask": (lambda record: record["volumes"][0].update(mask=5), "no volume at"),
     "gone": (lambda record: record["volumes"][0].update(source="/gone/raw.zarr"), "no volume at /gone/raw.zarr"),
 }
 

@@ -31,7 +31,7 @@ def test_seconds_are_summed_by_stage_and_shared_by_workers() -> None:
     assert profile.computing == pytest.approx(7.5 / 20)
     rows = profile.rows()
     assert rows["statistics and start"] == "2.5 s"
-    assert rows["denoising"] == "10.0 s of 2 workers, together 20.0 s; of these"
+    assert rows["denoising"] == "10.0 s of 2 workers, together 20.0 s; of these, in part side by side"
     assert rows["  network"].split()[:3] == ["7.5", "s", "37.5%"]
     assert [row for row in rows if row.startswith("  ")] == ["  fetch", "  decode", "  network"]
     facts = profile.facts()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch._dynamo.testing import CompileCounter
 
 from nrrn_pipeline import Layout, Method, Options, open_volume
 from nrrn_pipeline.errors import InputError, RunError
@@ -22,7 +24,7 @@ from nrrn_pipeline.planning import plan_denoise
 from nrrn_pipeline.preparing import describe_weights, make_plan
 from nrrn_pipeline.run import run_plan
 from nrrn_pipeline.runners import run_serially
-from nrrn_pipeline.slab import WORST_LEVELS, SlabTask, denoise_voxels, load_network, sample_of
+from nrrn_pipeline.slab import WORST_LEVELS, SlabTask, denoise_voxels, in_lanes, load_network, sample_of
 from nrrn_pipeline.statistics import measure_box, merge_boxes
 from nrrn_pipeline.volume import read_box
 from tests.support import bare_zarr, image_like, tiny_network, tiny_weights
@@ -97,7 +99,7 @@ def test_both_ways_of_a_units_step_are_one() -> None:
 
 def test_where_nothing_can_be_compiled_one_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def compiled(*_: object, **__: object) -> Callable[..., None]:
-        def fail(*_: object) -> None:
+        def fail(*_: object, **__: object) -> None:
             raise ValueError("no C compiler here\nand a long story")
 
         return fail
@@ -113,7 +115,7 @@ def test_where_nothing_can_be_compiled_one_warning_says_so(monkeypatch: pytest.M
 
 
 def test_memory_that_ends_in_a_compiled_step_is_not_taken_for_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    def out_of_memory(*_: object) -> None:
+    def out_of_memory(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: out_of_memory)
@@ -194,12 +196,21 @@ def test_each_worker_settles_on_a_precision_by_itself(tmp_path: Path, monkeypatc
     assert next(network.network.parameters()).dtype == torch.float16
 
 
-@pytest.mark.parametrize("stitch", ["crop", "blend"])
-def test_tiles_in_two_lanes_give_what_one_lane_gives(stitch: str, tmp_path: Path) -> None:
+def test_a_compiled_step_is_one_for_windows_of_any_size() -> None:
+    """Traced by torch, and run without its compiler: else each size would be compiled, and given up after a few."""
+    torch._dynamo.reset()
+    counted = CompileCounter()
+    step, network = CompiledStep(backend=counted), tiny_network(2, 4, gain=1.5)
+    for size in range(9, 30, 2):
+        stack = torch.from_numpy(stack_of(4, size, 40 - size))
+        torch.testing.assert_close(network.denoise(stack, 3, step), network.denoise(stack), rtol=0, atol=1e-6)
+    assert counted.frame_count <= 4  # of one centre and of two, and the first size that is seen
+
+
+def test_tiles_in_two_lanes_give_what_one_lane_gives(tmp_path: Path) -> None:
     source = open_volume(bare_zarr(tmp_path / "in.zarr", image_like((5, 90, 80))))
     weights = describe_weights(tiny_weights(tmp_path / "w.safetensors"))
-    layout = Layout(tile=40)
-    plan = plan_denoise(source, str(tmp_path / "out.zarr"), weights, layout, method=Method(stitch=stitch))
+    plan = plan_denoise(source, str(tmp_path / "out.zarr"), weights, Layout(tile=40))
     task = SlabTask(plan.slabs[0], merge_boxes([measure_box(source, source.box)]))
     network = in_slot(tiny_network(), "cpu", 3)
     outputs = []
@@ -208,17 +219,18 @@ def test_tiles_in_two_lanes_give_what_one_lane_gives(stitch: str, tmp_path: Path
     np.testing.assert_array_equal(*outputs)
 
 
-def test_an_error_in_one_lane_ends_the_slab(tmp_path: Path) -> None:
-    source = open_volume(bare_zarr(tmp_path / "in.zarr", image_like((3, 90, 80))))
-    weights = describe_weights(tiny_weights(tmp_path / "w.safetensors"))
-    plan = plan_denoise(source, str(tmp_path / "out.zarr"), weights, Layout(tile=40))
-    task = SlabTask(plan.slabs[0], merge_boxes([measure_box(source, source.box)]))
+def test_an_error_in_one_lane_ends_all_once_what_was_begun_is_over() -> None:
+    done: list[int] = []
 
-    class Failing:
-        lanes = 2
-
-        def __call__(self, stack: NDArray[np.float32]) -> NDArray[np.float32]:
+    def work(item: int) -> None:
+        if item == 1:
             raise ArithmeticError("one tile")
+        time.sleep(0.05)
+        done.append(item)
 
     with pytest.raises(ArithmeticError, match="one tile"):
-        denoise_voxels(read_box(source, source.box), task, Failing(), plan)
+        in_lanes(2, work, range(100))
+    after = list(done)
+    time.sleep(0.2)
+    assert done == after, "a lane goes on"
+    assert len(done) < 10
