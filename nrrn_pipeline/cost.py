@@ -92,7 +92,7 @@ def worker_bytes(plan: DenoisePlan, at_once: int = 1) -> int:
     if plan.source.write_unit != plan.source.chunk:  # what is wanted of a shard comes in one piece
         decoding += fetched * item
     encoding = 3 * min(slab.keep.size, AT_ONCE * prod(plan.target.write_unit)) * item  # chunks, shards, bytes to send
-    stack = stack_bytes(len(slab.read.z), pixels, plan.source.dtype)
+    stack = stack_bytes(len(slab.read.z), pixels)
     maps = working_bytes(plan.denoiser, pixels, plan.method.images)
     if plan.method.stitch == "blend" and not isinstance(plan.denoiser, Noise):
         # the sum, its mean, in grey levels, rounded: of float voxels in float64

@@ -63,9 +63,9 @@ def working_bytes(denoiser: Denoiser, pixels: int, images: int) -> int:
             return 0
 
 
-def stack_bytes(slices: int, pixels: int, dtype: str) -> int:
-    """Of a tile's slices, normalised in two steps, the estimate, scaled back; in float64 for float voxels."""
-    return slices * pixels * (np.dtype(dtype).itemsize + 4 * (8 if dtype == "float32" else 4))
+def stack_bytes(slices: int, pixels: int) -> int:
+    """Of a tile's slices, normalised, and their estimate; and of one slice on the way to and from float64."""
+    return 8 * (slices + 4) * pixels
 
 
 def filter_for(name: str, volume: Volume, statistics: str) -> Filter:

@@ -253,18 +253,18 @@ def plan_denoise(
     halo = reach if layout.halo is None else layout.halo
     if halo < reach:
         raise InputError(f"halo {halo} is less than the method's reach {reach}: seams would show; use {reach} or more")
-    tile = tile_for(denoiser, method, source.dtype, slab, halo) if layout.tile is None else layout.tile
+    tile = tile_for(denoiser, method, slab, halo) if layout.tile is None else layout.tile
     if tile < (least := 2 * halo + denoiser.grid):
         raise InputError(f"tile {tile} keeps nothing beside a halo of {halo} on each side: use {least} or more")
     return DenoisePlan(source, target, box, denoiser, slab, tile, halo, method, layout.growing)
 
 
-def tile_for(denoiser: Denoiser, method: Method, dtype: str, slab: Shape, halo: int) -> int:
+def tile_for(denoiser: Denoiser, method: Method, slab: Shape, halo: int) -> int:
     """Side of the windows, as few and large as a slab's planes can be cut into within TILE_BYTES of memory."""
     side = max(slab[1:])
     for pieces in range(1, side + 1):
         tile = -(-side // pieces) + 2 * (halo + denoiser.grid - 1)
-        taken = working_bytes(denoiser, tile**2, method.images) + stack_bytes(slab[0] + 2, tile**2, dtype)
+        taken = working_bytes(denoiser, tile**2, method.images) + stack_bytes(slab[0] + 2, tile**2)
         if taken <= TILE_BYTES:
             break
     return tile

@@ -170,13 +170,13 @@ def denoise_voxels(
         rows = [z - slab.read.z.start for z in stack_z]
         # float voxels may lie far from 0, or close together: there float32 would lose what distinguishes them
         accurate = np.dtype("float64" if noisy.dtype.kind == "f" else "float32")
-        mean, std = (_of_slices(values, rows, accurate) for values in (statistics.mean, statistics.std))
+        mean, std = (np.array(values, accurate)[rows] for values in (statistics.mean, statistics.std))
         stack = _Stack(noisy, slab.read, rows, mean, std)
         to = denoised[stack_z[1] - slab.keep.z.start : stack_z[-2] - slab.keep.z.start + 1]
         if plan.method.stitch == "blend":
             tiles = ((y, x, timed(stack.normal(y, x))) for y, x in plan.tiles(slab))
             for (y, x), estimate in blended(tiles, slab.keep):
-                to[:, y, x] = stack.in_levels(estimate)
+                stack.in_levels(estimate, to[:, y, x])
         else:
             in_lanes(network.lanes, partial(_denoise_tile, stack, timed, slab.keep, to), plan.tiles(slab))
     if watch is not None:
@@ -187,7 +187,10 @@ def denoise_voxels(
 
 @dataclass(frozen=True)
 class _Stack:
-    """Slices of a slab between their outer neighbours: some `rows` of the voxels of `read`, their means and stds."""
+    """Slices of a slab between their outer neighbours: some `rows` of the voxels of `read`, their means and stds.
+
+    Slice by slice, so that what lies between voxels and what the network sees takes a slice's memory.
+    """
 
     noisy: NDArray[Any]
     read: Box
@@ -197,20 +200,23 @@ class _Stack:
 
     def normal(self, y: Cut, x: Cut) -> NDArray[np.float32]:
         """What the network sees of a tile."""
-        stack = self.noisy[:, y.read.within(self.read.y), x.read.within(self.read.x)][self.rows]
-        found: NDArray[np.float32] = ((stack - self.mean) / self.std).astype(np.float32, copy=False)
-        return found
+        tile = self.noisy[:, y.read.within(self.read.y), x.read.within(self.read.x)]
+        stack = np.empty((len(self.rows), *tile.shape[1:]), np.float32)
+        for place, (row, mean, std) in enumerate(zip(self.rows, self.mean, self.std, strict=True)):
+            stack[place] = (tile[row] - mean) / std
+        return stack
 
-    def in_levels(self, estimate: NDArray[np.float32]) -> NDArray[Any]:
-        """An estimate of all but the outer two as voxels."""
-        return _as_dtype(estimate * self.std[1:-1] + self.mean[1:-1], self.noisy.dtype)
+    def in_levels(self, estimate: NDArray[np.float32], to: NDArray[Any]) -> None:
+        """An estimate of all but the outer two, as voxels."""
+        for place, (mean, std) in enumerate(zip(self.mean[1:-1], self.std[1:-1], strict=True)):
+            to[place] = _as_dtype(estimate[place] * std + mean, to.dtype)
 
 
 def _denoise_tile(stack: _Stack, network: _Timed, keep: Box, to: NDArray[Any], cuts: tuple[Cut, Cut]) -> None:
     """Into its place among the voxels of `keep`."""
     y, x = cuts
     estimate = network(stack.normal(y, x))[:, y.crop, x.crop]
-    to[:, y.keep.within(keep.y), x.keep.within(keep.x)] = stack.in_levels(estimate)
+    stack.in_levels(estimate, to[:, y.keep.within(keep.y), x.keep.within(keep.x)])
 
 
 def in_lanes(lanes: int, work: Callable[[T], object], items: Iterable[T]) -> None:
@@ -268,10 +274,6 @@ def stacks_of(keep: Span, not_blank: set[int]) -> Iterator[list[int]]:
 
 def _not_blank(statistics: SliceStatistics) -> set[int]:
     return {z for z, std in enumerate(statistics.std, start=statistics.first_z) if std > 0}
-
-
-def _of_slices(values: tuple[float, ...], rows: list[int], dtype: np.dtype[Any]) -> NDArray[Any]:
-    return np.array(values, dtype)[rows, None, None]
 
 
 def _as_dtype(estimate: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:

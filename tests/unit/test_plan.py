@@ -236,7 +236,7 @@ def test_tiles_are_as_large_as_memory_carries(weights: Weights, tile: int) -> No
     larger = -(-512 // max(1, pieces - 1)) + tile - -(-512 // pieces)
 
     def taken(side: int) -> int:
-        return working_bytes(weights, side**2, 3) + stack_bytes(66, side**2, "uint8")
+        return working_bytes(weights, side**2, 3) + stack_bytes(66, side**2)
 
     assert taken(tile) <= TILE_BYTES
     assert pieces == 1 or taken(larger) > TILE_BYTES
@@ -247,7 +247,7 @@ def test_a_network_too_large_for_that_memory_gets_the_smallest_tiles() -> None:
     assert (
         plan_denoise(source_of((64, 512, 512)), "/out.zarr", weights).tile == 32 + 14
     )  # 2^30 / (4 * 28 * 4096) = 48^2
-    assert tile_for(weights, Method(), "uint8", (10**9, 32, 32), 7) == 1 + 14, "one voxel each"
+    assert tile_for(weights, Method(), (10**9, 32, 32), 7) == 1 + 14, "one voxel each"
 
 
 AWKWARD = [(1, 1, 1), (7, 255, 257), (64, 512, 512), (100, 100, 100), (3, 5000, 20), (1000, 513, 2049)]
