@@ -139,7 +139,7 @@ class NRRN(DenoisingNetwork):
                 pass  # only the last one counts here, and holding none before it saves memory
             for z, found in zip(centres, estimate, strict=True):
                 estimates[z - 1] += found[0]
-        return estimates / len(SERVES[images])
+        return estimates.div_(len(SERVES[images]))
 
     @torch.inference_mode()
     def after_each_unit(self, stack: Tensor) -> Tensor:
