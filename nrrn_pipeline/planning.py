@@ -283,8 +283,8 @@ def _target_volume(source: Volume, group_url: str, box: Box, layout: Layout) -> 
     Raises InputError if the shard is not made of whole chunks.
     """
     extent = (MAX_AXIS, *box.shape[1:]) if layout.growing else box.shape
-    chunk = layout.chunk or _fitted(CHUNK, extent, (1, 1, 1))
-    shard = layout.shard or _fitted(SHARD, extent, chunk)
+    chunk = layout.chunk or fitted(CHUNK, extent, (1, 1, 1))
+    shard = layout.shard or fitted(SHARD, extent, chunk)
     for size, unit, axis in zip(shard, chunk, "zyx", strict=True):
         if size % unit:
             near = _nearest_multiple(size, unit)
@@ -306,7 +306,7 @@ def _target_volume(source: Volume, group_url: str, box: Box, layout: Layout) -> 
     )
 
 
-def _fitted(wanted: Shape, extent: Shape, unit: Shape) -> Shape:
+def fitted(wanted: Shape, extent: Shape, unit: Shape) -> Shape:
     """`wanted`, but no more than holds the whole extent; a multiple of `unit`."""
     z, y, x = (max(u, min(-(-n // u) * u, w // u * u)) for w, n, u in zip(wanted, extent, unit, strict=True))
     return z, y, x

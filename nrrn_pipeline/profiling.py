@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,7 +86,7 @@ class Profile:
 
     def facts(self) -> dict[str, Any]:
         """As JSON."""
-        facts: Mapping[str, Any] = {
+        return {
             "statistics_s": self.statistics_s,
             "denoising_s": self.denoising_s,
             "workers": len(self.workers),
@@ -96,4 +95,3 @@ class Profile:
             "arithmetic": sorted(self.arithmetic),
             "bottleneck": self.bottleneck(),
         }
-        return dict(facts)

@@ -9,7 +9,7 @@ from nrrn_pipeline import storage
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Shape, cells_of
 from nrrn_pipeline.places import absolute
-from nrrn_pipeline.planning import CHUNK, SHARD
+from nrrn_pipeline.planning import CHUNK, SHARD, fitted
 from nrrn_pipeline.preparing import Location
 from nrrn_pipeline.volume import Volume, create_volume, write_box
 
@@ -26,12 +26,8 @@ def make_volume(group: Location, shape: Shape) -> Volume:
     url = absolute(group)
     if storage.exists(url):
         raise InputError(f"{url} exists: choose another place for the volume")
-    chunk = tuple(min(length, most) for length, most in zip(shape, CHUNK, strict=True))
-    shard = tuple(
-        min(-(-length // size) * size, most // size * size)
-        for length, size, most in zip(shape, chunk, SHARD, strict=True)
-    )
-    volume = Volume(f"{url}/0", shape, "uint8", chunk, shard, level_path="0")  # type: ignore[arg-type]
+    chunk = fitted(CHUNK, shape, (1, 1, 1))
+    volume = Volume(f"{url}/0", shape, "uint8", chunk, fitted(SHARD, shape, chunk), level_path="0")
     create_volume(volume, {"made by": "nrrn benchmark"})
     for number, cell in enumerate(cells_of(volume.box, volume.write_unit)):
         write_box(volume, cell, _blobs(cell, number))

@@ -47,18 +47,18 @@ def benchmark(
     programs = parse_programs(against or [])
     folder = absolute(folder)
     size = parse_triple("shape", shape)
-    made = None
-    if weights is None:
-        made, weights = weights_bytes(NRRN(units, channels), {"note": "random, for speed alone"}), f"{folder}/{RANDOM}"
-        if storage.exists(weights):
-            raise InputError(f"{weights} exists: choose another --out, or give it as --weights")
+    random, weights = weights is None, weights or f"{folder}/{RANDOM}"
+    if not random:
+        data = read_weights(located(weights))
+    elif storage.exists(weights):
+        raise InputError(f"{weights} exists: choose another --out, or give it as --weights")
     else:
-        read_weights(located(weights))
+        data = weights_bytes(NRRN(units, channels), {"note": "random, for speed alone"})
+    network = architecture_of(parse_header(data, weights))
     volume = open_volume(source) if source else make_volume(f"{folder}/source.ome.zarr", size or (64, 512, 512))
-    if made is not None:
-        storage.write_file(weights, made)
+    if random:
+        storage.write_file(weights, data)
     found = run_benchmark(Task(volume, located(weights), folder, device), programs)
-    network = architecture_of(parse_header(read_weights(located(weights)), weights))
     facts = {
         "volume": f"{volume.url}, {by_text(volume.shape)} {volume.dtype}",
         "network": network_text(network),

@@ -226,10 +226,10 @@ def _points(value: Any) -> tuple[tuple[float, float], ...]:
 
 def _seams(voxels: NDArray[Any], plan: DenoisePlan) -> float | None:
     """Of tiles and slabs; None if there is one tile only."""
-    first = [slab for slab in plan.slabs if slab.keep.z.start == plan.box.z.start]
-    cuts = [cuts for slab in first for cuts in plan.tiles(slab)]
-    borders_y = {y.keep.start - plan.box.y.start for y, _ in cuts} - {0}
-    borders_x = {x.keep.start - plan.box.x.start for _, x in cuts} - {0}
+    borders_y, borders_x = (
+        {tile.keep.start - span.start for cut in cuts for tile in plan.tiles_along(cut)} - {0}
+        for span, cuts in zip(plan.box.spans[1:], plan.slabs.axes[1:], strict=True)
+    )
     return seam_energy(voxels, borders_y, borders_x) if borders_y or borders_x else None
 
 
