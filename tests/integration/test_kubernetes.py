@@ -62,7 +62,11 @@ def pods(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pods]:
     ports = free_ports()
     with ExitStack() as stack:
         processes = [stack.enter_context(running(containers[each], keys, ports, folder)) for each in containers]
-        yield Pods(keys, ports, *processes, containers)
+        pods = Pods(keys, ports, *processes, containers)
+        until = time.monotonic() + 120
+        while pods.health("scheduler", ports[1]) != 0:  # until then a port-forward would lead to nobody
+            assert time.monotonic() < until, (folder / f"{containers['scheduler']['name']}.log").read_text()
+        yield pods
 
 
 def settings(keys: Path, **more: Any) -> KubernetesSettings:

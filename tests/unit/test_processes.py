@@ -70,7 +70,7 @@ def test_torchrun_says_which_process_this_is() -> None:
     assert [Processes(2, rank).is_first for rank in range(2)] == [True, False]
 
 
-@pytest.mark.parametrize("name", TORCHRUN.keys() - {"WORLD_SIZE"})
+@pytest.mark.parametrize("name", sorted(TORCHRUN.keys() - {"WORLD_SIZE"}))
 def test_part_of_torchruns_environment_is_refused_by_name(name: str) -> None:
     with pytest.raises(InputError, match=f"several processes, but {name} is .*start them with torchrun, or unset"):
         this_process({of: value for of, value in TORCHRUN.items() if of != name})
