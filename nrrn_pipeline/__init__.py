@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from nrrn_pipeline.errors import InputError, NrrnError, RunError, SlabsFailedError, StorageError
     from nrrn_pipeline.following import Following, follow
     from nrrn_pipeline.geometry import Box
+    from nrrn_pipeline.ingesting import Intake, ingest
     from nrrn_pipeline.noise import Noise
     from nrrn_pipeline.options import Options
     from nrrn_pipeline.places import using_options
-    from nrrn_pipeline.planning import Layout, Method
+    from nrrn_pipeline.planning import Method
+    from nrrn_pipeline.slabs import Layout
     from nrrn_pipeline.training.fit import TrainSettings, TrainWatch
     from nrrn_pipeline.training.material import TrainingVolume
     from nrrn_pipeline.training.train import train
@@ -30,6 +32,7 @@ __all__ = [
     "Box",
     "Following",
     "InputError",
+    "Intake",
     "Layout",
     "Method",
     "Noise",
@@ -49,6 +52,7 @@ __all__ = [
     "denoise",
     "follow",
     "import_weights",
+    "ingest",
     "open_volume",
     "plan",
     "read_manifest",
@@ -69,10 +73,12 @@ _HOMES = {
     "errors": ("InputError", "NrrnError", "RunError", "SlabsFailedError", "StorageError"),
     "following": ("Following", "follow"),
     "geometry": ("Box",),
+    "ingesting": ("Intake", "ingest"),
     "noise": ("Noise",),
     "options": ("Options",),
     "places": ("using_options",),
-    "planning": ("Layout", "Method"),
+    "planning": ("Method",),
+    "slabs": ("Layout",),
     "training.fit": ("TrainSettings", "TrainWatch"),
     "training.material": ("TrainingVolume",),
     "training.train": ("train",),

@@ -9,7 +9,8 @@ from time import perf_counter
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.checking import GROWTH_BROKE_OFF, Status, check, status
-from nrrn_pipeline.cluster import LocalSettings, refuse_unfit_workers, started
+from nrrn_pipeline.cluster import LocalSettings, started
+from nrrn_pipeline.cluster.checks import refuse_unfit_workers
 from nrrn_pipeline.cost import (
     Cost,
     cost_of,
@@ -37,13 +38,15 @@ from nrrn_pipeline.network import (
 from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import absolute
-from nrrn_pipeline.planning import DenoisePlan, Layout, Method, plan_denoise
+from nrrn_pipeline.planning import DenoisePlan, Method, plan_denoise
 from nrrn_pipeline.preparing import Location, make_plan, plan_for, shape_of
 from nrrn_pipeline.profiling import Profile
-from nrrn_pipeline.run import Progress, check_output, run_plan
+from nrrn_pipeline.progress import Progress
+from nrrn_pipeline.run import check_output, run_plan
 from nrrn_pipeline.runners import DaskRunner, Runner, ThreadRunner, run_serially
 from nrrn_pipeline.sharing import run_share
 from nrrn_pipeline.slab import load_network
+from nrrn_pipeline.slabs import Layout, Plan
 from nrrn_pipeline.volume import get_provenance, open_volume
 
 __all__ = [
@@ -81,7 +84,7 @@ class Summary:
     peak_memory_bytes is the largest worker's (0: none worked).
     """
 
-    plan: DenoisePlan
+    plan: Plan
     slabs: int
     resumed: int
     done: int
@@ -94,7 +97,7 @@ class Summary:
 class RunWatch:
     """Is told how a run goes; override what you want to see."""
 
-    def started(self, plan: DenoisePlan, where: str) -> None:
+    def started(self, plan: Plan, where: str) -> None:
         """Workers are there; `where` says where, with the dashboard's address if there is one."""
 
     def progressed(self, progress: Progress) -> None:
@@ -143,8 +146,8 @@ def denoise(
     return run_planned(make_plan(source, output, weights, options), options, watch or RunWatch())
 
 
-def run_planned(made: DenoisePlan, options: Options, watch: RunWatch, again: frozenset[str] = frozenset()) -> Summary:
-    """Denoise by a plan, on a runner for it alone; `again`: slabs to do though they are done.
+def run_planned(made: Plan, options: Options, watch: RunWatch, again: frozenset[str] = frozenset()) -> Summary:
+    """Carry out a plan on a runner for it alone; `again`: slabs to do though they are done.
 
     Raises what denoise raises.
     """
@@ -155,13 +158,13 @@ def run_planned(made: DenoisePlan, options: Options, watch: RunWatch, again: fro
 
 
 def carry_out(
-    made: DenoisePlan, options: Options, runner: Runner, watch: RunWatch, again: frozenset[str] = frozenset()
+    made: Plan, options: Options, runner: Runner, watch: RunWatch, again: frozenset[str] = frozenset()
 ) -> Summary:
-    """Denoise by a plan on a runner that is open already; `again`: slabs to do though they are done.
+    """Carry out a plan on a runner that is open already; `again`: slabs to do though they are done.
 
     Raises what denoise raises.
     """
-    started, resumed, done, voxels, peak, profile = perf_counter(), None, 0, 0, 0, Profile()
+    started, resumed, done, voxels, peak, profile = perf_counter(), None, 0, 0, 0, Profile(made.stage)
     if options.share is None:
         run = run_plan(made, runner, options.device, options.overwrite, again)
     else:
@@ -169,7 +172,7 @@ def carry_out(
     for progress in run:
         watch.progressed(progress)
         profile.add(progress, perf_counter() - started)
-        if progress.stage == "denoising":
+        if progress.stage == made.stage:
             voxels = progress.voxels
             resumed = progress.done if resumed is None else resumed
             if progress.record is not None:
@@ -274,7 +277,7 @@ def _source_of(array_url: str, group_url: str) -> tuple[str, int]:
     return group_url, level
 
 
-def _workers(plans: Sequence[DenoisePlan], options: Options) -> int:
+def _workers(plans: Sequence[Plan], options: Options) -> int:
     """Local workers that the options ask for. Raises InputError if this machine is asked for more than it can hold."""
     largest = max(plans, key=lambda made: worker_bytes(made, options.slabs_each))
     settings = options.cluster_settings
@@ -295,7 +298,7 @@ def _workers(plans: Sequence[DenoisePlan], options: Options) -> int:
 
 
 @contextmanager
-def open_runner(plans: Sequence[DenoisePlan], options: Options) -> Iterator[tuple[Runner, str]]:
+def open_runner(plans: Sequence[Plan], options: Options) -> Iterator[tuple[Runner, str]]:
     """The runner that the options ask for, and where it runs, in words; good for each of the plans in turn.
 
     Raises InputError if this machine cannot hold it, or the cluster cannot be had.

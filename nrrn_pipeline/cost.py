@@ -7,16 +7,19 @@ from math import prod
 
 from nrrn_pipeline.denoisers import Weights, stack_bytes, working_bytes
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.geometry import Box, Span
+from nrrn_pipeline.geometry import Box, Shape, Span
 from nrrn_pipeline.machine import cores, free_memory_bytes, threads_each
 from nrrn_pipeline.network import Network, seconds_per_pixel
 from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.planning import DenoisePlan
+from nrrn_pipeline.slabs import CopyPlan, Plan
 from nrrn_pipeline.statistics import statistics_grid
 from nrrn_pipeline.volume import Volume
+from nrrn_pipeline.writing import encoded_at_once
 
 PROCESS_BYTES = 400 * 2**20  # a worker with Python, Dask, zarr and torch loaded, before its first slab
-AT_ONCE = 10  # chunks that are decoded, and shards encoded; zarr's async.concurrency
+COPYING_BYTES = 180 * 2**20  # the same without torch
+AT_ONCE = 10  # chunks that are decoded; zarr's async.concurrency
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,18 @@ def _touched(volume: Volume, span: Span, axis: int) -> int:
     return min(-(-span.stop // chunk) * chunk, length) - span.start // chunk * chunk
 
 
-def worker_bytes(plan: DenoisePlan, at_once: int = 1) -> int:
-    """Peak memory of one worker process that has `at_once` slabs in flight, of which one computes.
+def worker_bytes(plan: Plan, at_once: int = 1) -> int:
+    """Peak memory of one worker process that has `at_once` slabs in flight."""
+    if isinstance(plan, DenoisePlan):
+        return _denoising_bytes(plan, at_once)
+    assert isinstance(plan, CopyPlan)
+    slab = plan.slabs[0].keep
+    encoding = _encoding_bytes(plan.target, slab.shape)
+    return COPYING_BYTES + at_once * (plan.slab_bytes + encoding)
+
+
+def _denoising_bytes(plan: DenoisePlan, at_once: int) -> int:
+    """The same of one that denoises, of whose slabs one computes.
 
     That is itself; a slab in and out with one tile's stack and the network's maps; and for every other slab the larger
     of its voxels with the chunks that are being decoded, and its result with the shard that is being encoded. Or, in
@@ -91,7 +104,7 @@ def worker_bytes(plan: DenoisePlan, at_once: int = 1) -> int:
     decoding = min(AT_ONCE * prod(plan.source.chunk), fetched) * item
     if plan.source.write_unit != plan.source.chunk:  # what is wanted of a shard comes in one piece
         decoding += fetched * item
-    encoding = 3 * min(slab.keep.size, AT_ONCE * prod(plan.target.write_unit)) * item  # chunks, shards, bytes to send
+    encoding = _encoding_bytes(plan.target, slab.keep.shape)
     stack = stack_bytes(len(slab.read.z), pixels)
     maps = working_bytes(plan.denoiser, pixels, plan.method.images)
     if plan.method.stitch == "blend" and not isinstance(plan.denoiser, Noise):
@@ -106,7 +119,12 @@ def worker_bytes(plan: DenoisePlan, at_once: int = 1) -> int:
     return PROCESS_BYTES + max(denoising, at_once * (measured + min(decoding, measured)))
 
 
-def default_workers(plan: DenoisePlan, gpus: int, at_once: int) -> int:
+def _encoding_bytes(target: Volume, slab: Shape) -> int:
+    """Chunks, shards and bytes to send, of what of a slab is encoded together."""
+    return 3 * prod(map(min, encoded_at_once(target, slab), slab)) * target.itemsize
+
+
+def default_workers(plan: Plan, gpus: int, at_once: int) -> int:
     """As many local workers as cores and memory carry; one a GPU, if there are any.
 
     There may be fewer slabs than that.
@@ -117,7 +135,7 @@ def default_workers(plan: DenoisePlan, gpus: int, at_once: int) -> int:
     return max(1, min(cores(), fitting))
 
 
-def refuse_what_cannot_fit(plan: DenoisePlan, workers: int, at_once: int) -> None:
+def refuse_what_cannot_fit(plan: Plan, workers: int, at_once: int) -> None:
     """Raises InputError if this machine's free memory cannot hold that many workers."""
     one, free = worker_bytes(plan, at_once), free_memory_bytes()
     if workers * one <= free:

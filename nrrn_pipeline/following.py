@@ -21,7 +21,7 @@ from nrrn_pipeline.ledger import Ledger
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.preparing import Location, plan_for
-from nrrn_pipeline.run import Progress
+from nrrn_pipeline.progress import Progress
 from nrrn_pipeline.volume import Volume, open_volume, written_slices
 
 

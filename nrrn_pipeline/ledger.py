@@ -2,6 +2,7 @@
 
     DST/0/nrrn/plan.json                 the settings that all of its voxels were made with
     DST/0/nrrn/statistics.json           each slice's mean and std, measured once
+    DST/0/nrrn/own_statistics.json       those of the array itself, where what made it knows them
     DST/0/nrrn/slabs/KEY.*.json          written by the worker after the slab's last voxel
     DST/0/nrrn/failed/KEY.json           a slab that was set aside, and why
     DST/0/nrrn/drivers/                  who is at work (lease.py), alone
@@ -27,7 +28,7 @@ from nrrn_pipeline import storage
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Span, boxes_of
 from nrrn_pipeline.places import REQUESTS_AT_ONCE
-from nrrn_pipeline.planning import MAX_SLABS, DenoisePlan, Slab, slab_key
+from nrrn_pipeline.slabs import MAX_SLABS, Plan, Slab, slab_key
 from nrrn_pipeline.statistics import MeasuredBox, SliceStatistics, document_of, measured_box
 
 
@@ -66,7 +67,7 @@ class Ledger:
         """Its folder."""
         return f"{self.array_url}/nrrn"
 
-    def begin(self, plan: DenoisePlan) -> None:
+    def begin(self, plan: Plan) -> None:
         """Claim the output for a plan, or go on with what a run with the same settings began.
 
         Raises InputError if another run was faster, with other settings.
@@ -83,13 +84,13 @@ class Ledger:
             self.mend(plan)
         self.refuse_others(plan)
 
-    def mend(self, plan: DenoisePlan) -> None:
+    def mend(self, plan: Plan) -> None:
         """Write settings again that are damaged, or outgrown."""
         storage.write_document(
             f"{self.url}/plan.json", _document_of(plan) | ({"followed": True} if self.followed() else {})
         )
 
-    def refuse_others(self, plan: DenoisePlan) -> None:
+    def refuse_others(self, plan: Plan) -> None:
         """Raises InputError, naming what differs, if the output is gone or was begun with other settings."""
         settings = self.settings()
         if settings is None:
@@ -100,19 +101,20 @@ class Ledger:
                 "resume it, another output, or --overwrite to start again"
             )
 
-    def grows(self, plan: DenoisePlan) -> bool:
+    def grows(self, plan: Plan) -> bool:
         """Whether the plan's settings are those that it was begun with but for more slices, as was to be expected."""
         with suppress(ValueError, LookupError, TypeError, AttributeError):  # damaged, or no ledger
             document = self._plan_document() or {}
             old = document["settings"]
             if not (plan.growing or document["growing"]) or not _keys_changed(old, plan) <= {"roi", "source shape"}:
                 return False
-            then, now = Box.parse(old["roi"]), plan.box
+            new = plan.settings
+            then, now = Box.parse(old["roi"]), Box.parse(new["roi"])
             alike = (then.z.start, then.y, then.x, *old["source shape"][1:]) == (
                 *(now.z.start, now.y, now.x),
-                *plan.source.shape[1:],
+                *new["source shape"][1:],
             )
-            return alike and then.z.stop <= now.z.stop and old["source shape"][0] <= plan.source.shape[0]
+            return alike and then.z.stop <= now.z.stop and old["source shape"][0] <= new["source shape"][0]
         return False
 
     def growing(self) -> bool:
@@ -129,14 +131,15 @@ class Ledger:
             return any(document.get(name) for name in names)
         return False
 
-    def outgrown(self, plan: DenoisePlan) -> list[Slab]:
+    def outgrown(self, plan: Plan) -> list[Slab]:
         """Slabs that a plan that grows must do again: the last ones, but of a run that knew that more would come."""
         last = Box.parse((self.settings() or {})["roi"]).z.stop
-        whole = (last - plan.box.z.start) % plan.slab[0] == 0
+        begin, depth = Box.parse(plan.settings["roi"]).z.start, plan.settings["slab"][0]
+        whole = (last - begin) % depth == 0
         ends = [slab for slab in plan.slabs if slab.keep.z.start < last <= slab.keep.z.stop]
         return [] if whole and self.growing() else ends
 
-    def statistics_for(self, plan: DenoisePlan) -> SliceStatistics | None:
+    def statistics_for(self, plan: Plan) -> SliceStatistics | None:
         """The kept statistics that hold for a plan: of slabs that are outgrown, slices may not have been whole."""
         kept = self.statistics()
         if kept is None or not self.grows(plan) or not (again := self.outgrown(plan)):
@@ -190,7 +193,7 @@ class Ledger:
         except (LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise InputError(f"{self.url}/plan.json is damaged ({type(error).__name__}: {error})") from error
 
-    def changes(self, plan: DenoisePlan) -> list[str]:
+    def changes(self, plan: Plan) -> list[str]:
         """What differs between the settings that it was begun with and the plan's, a line each."""
         return _changes(self.settings() or {}, plan)
 
@@ -305,15 +308,20 @@ class Ledger:
         storage.remove_tree(f"{self.url}/measured")
 
     def put_statistics(self, statistics: SliceStatistics) -> None:
-        """Keep the measured statistics for every later run."""
+        """Keep the source's statistics for every later run."""
         storage.write_document(f"{self.url}/statistics.json", asdict(statistics))
 
     def statistics(self) -> SliceStatistics | None:
         """What put_statistics kept; None if that is missing or damaged: they can be measured again."""
-        with suppress(ValueError, LookupError, TypeError, OverflowError):
-            document = storage.read_document(f"{self.url}/statistics.json")
-            return None if document is None else SliceStatistics.from_dict(document)
-        return None
+        return _read_statistics(f"{self.url}/statistics.json")
+
+    def put_own_statistics(self, statistics: SliceStatistics) -> None:
+        """Keep the statistics of the array itself, for whoever denoises it."""
+        storage.write_document(f"{self.url}/own_statistics.json", asdict(statistics))
+
+    def own_statistics(self) -> SliceStatistics | None:
+        """What put_own_statistics kept; None if that is missing or damaged."""
+        return _read_statistics(f"{self.url}/own_statistics.json")
 
 
 def box_key(box: Box) -> str:
@@ -321,16 +329,23 @@ def box_key(box: Box) -> str:
     return f"{slab_key(box)}-to-z{box.z.stop}"
 
 
-def _document_of(plan: DenoisePlan) -> dict[str, Any]:
+def _read_statistics(url: str) -> SliceStatistics | None:
+    with suppress(ValueError, LookupError, TypeError, OverflowError):
+        document = storage.read_document(url)
+        return None if document is None else SliceStatistics.from_dict(document)
+    return None
+
+
+def _document_of(plan: Plan) -> dict[str, Any]:
     return {"fingerprint": plan.fingerprint, "settings": plan.settings, "growing": plan.growing}
 
 
-def _changes(old: dict[str, Any], plan: DenoisePlan) -> list[str]:
+def _changes(old: dict[str, Any], plan: Plan) -> list[str]:
     changed = _keys_changed(old, plan)
     keys = [key for key in {**old, **plan.settings} if key in changed]
     return [f"{key} was {old.get(key)}, now {plan.settings.get(key)}" for key in keys]
 
 
-def _keys_changed(old: dict[str, Any], plan: DenoisePlan) -> set[str]:
+def _keys_changed(old: dict[str, Any], plan: Plan) -> set[str]:
     new = json.loads(json.dumps(plan.settings))
     return {key for key in {**old, **new} if old.get(key) != new.get(key)}

@@ -13,14 +13,19 @@ Triple = tuple[float, float, float]
 
 _NM = {
     "angstrom": 0.1,
+    "å": 0.1,
     "picometer": 1e-3,
+    "pm": 1e-3,
     "nanometer": 1.0,
     "nm": 1.0,
     "micrometer": 1e3,
     "um": 1e3,
-    "µm": 1e3,
+    "\N{MICRO SIGN}m": 1e3,
+    "\N{GREEK SMALL LETTER MU}m": 1e3,
     "micron": 1e3,
+    "microns": 1e3,
     "millimeter": 1e6,
+    "mm": 1e6,
     "meter": 1e9,
 }
 MAX_PATH = 250  # characters
@@ -79,6 +84,15 @@ def _level(dataset: Mapping[str, Any], axes: Sequence[Mapping[str, Any]], whole:
         origin=_triple([a * b for a, b in zip(translation[-3:], factors, strict=True)]),
         in_nm=in_nm,
     )
+
+
+def nm_of(sizes: Sequence[Any], units: Sequence[Any]) -> Triple | None:
+    """Lengths in nm; None if one of them or its unit is not known, or it is none."""
+    factors = [_NM.get(str(unit).lower()) for unit in units]
+    if not all(factors) or None in sizes:
+        return None
+    lengths = [float(size) * factor for size, factor in zip(sizes, factors, strict=True) if factor]
+    return _triple(lengths) if all(0 < length < math.inf for length in lengths) else None
 
 
 def _triple(values: Sequence[float]) -> Triple:

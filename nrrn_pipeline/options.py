@@ -9,7 +9,8 @@ from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box
 from nrrn_pipeline.members import Share
 from nrrn_pipeline.network import refuse_unknown_device
-from nrrn_pipeline.planning import Layout, Method
+from nrrn_pipeline.planning import Method
+from nrrn_pipeline.slabs import Layout
 
 
 @dataclass(frozen=True)

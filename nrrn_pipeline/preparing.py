@@ -15,9 +15,10 @@ from nrrn_pipeline.ledger import Ledger
 from nrrn_pipeline.network import architecture_of, bytes_hash, choose_device, parse_header
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import absolute
-from nrrn_pipeline.planning import DenoisePlan, Layout, Method, plan_denoise
+from nrrn_pipeline.planning import DenoisePlan, Method, plan_denoise
 from nrrn_pipeline.run import resumable
 from nrrn_pipeline.shipped import located, read_weights
+from nrrn_pipeline.slabs import Layout
 from nrrn_pipeline.volume import Volume, open_volume
 
 Location = str | os.PathLike[str]

@@ -6,36 +6,26 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 from nrrn_pipeline import presence, storage
 from nrrn_pipeline.errors import GO_ON, InputError, RunError, SlabsFailedError
 from nrrn_pipeline.geometry import Box, Span
-from nrrn_pipeline.ledger import Ledger, box_key
+from nrrn_pipeline.ledger import Ledger, Record, box_key
 from nrrn_pipeline.members import Member, Share
 from nrrn_pipeline.planning import DenoisePlan
+from nrrn_pipeline.progress import Progress, Tally, waiting
 from nrrn_pipeline.retrying import reason_of
-from nrrn_pipeline.run import (
-    Progress,
-    Tally,
-    check_output,
-    covers,
-    create_output,
-    finish_output,
-    forget_torn,
-    measured,
-    refuse_changed_source,
-    refuse_incomplete,
-    used_statistics,
-    waiting,
-)
+from nrrn_pipeline.run import Task, check_output, create_output, finish_output, forget_torn, refuse_incomplete, work_of
 from nrrn_pipeline.runners import Runner, raise_permanent
-from nrrn_pipeline.slab import SlabTask, denoise_slab
+from nrrn_pipeline.slabs import Plan, Slab
 from nrrn_pipeline.statistics import SliceStatistics, measure_box, merge_boxes, statistics_boxes
+from nrrn_pipeline.statistics_pass import covers, known_statistics, measured, refuse_changed_source
 
 MERGING = "statistics"  # the claim of who merges what all have measured
 
 
-def run_share(plan: DenoisePlan, share: Share, runner: Runner, device: str = "auto") -> Iterator[Progress]:
+def run_share(plan: Plan, share: Share, runner: Runner, device: str = "auto") -> Iterator[Progress]:
     """Do a share of the plan, and what other processes leave, until all is done; yields this process's progress.
 
     Raises InputError if the output exists and was made otherwise, or a driver is at work on it; nothing is written
@@ -50,9 +40,11 @@ def run_share(plan: DenoisePlan, share: Share, runner: Runner, device: str = "au
             yield waiting(waited)
         ledger.begin(plan)
         try:
-            statistics = yield from _statistics(plan, runner, member)
+            statistics = None
+            if isinstance(plan, DenoisePlan):
+                statistics = yield from _statistics(plan, runner, member)
             create_output(plan)
-            yield from _slabs(plan, statistics, runner, device, member)
+            yield from _slabs(plan, runner, member, *work_of(plan, statistics, device))
         except InputError as error:  # the output is begun by now
             raise RunError(f"{error}. Mend this; {GO_ON}") from error
         finish_output(plan)
@@ -73,6 +65,8 @@ def _statistics(plan: DenoisePlan, runner: Runner, member: Member) -> Generator[
     kept = ledger.statistics()
     if kept is not None:
         refuse_changed_source(plan, kept)
+    elif (kept := known_statistics(plan)) is not None:
+        ledger.put_statistics(kept)
     missing = plan.statistics_z if kept is None else Span(kept.z.stop, plan.statistics_z.stop)
     boxes = {box_key(box): box for box in statistics_boxes(plan.source, missing)} if len(missing) > 0 else {}
     names = {f"{MERGING}-{key}": key for key in boxes}
@@ -115,24 +109,24 @@ def _merge(ledger: Ledger, plan: DenoisePlan, keys: Sequence[str]) -> None:
 
 
 def _slabs(
-    plan: DenoisePlan, statistics: SliceStatistics, runner: Runner, device: str, member: Member
+    plan: Plan, runner: Runner, member: Member, work: Callable[[Any], Record], task_for: Callable[[Slab], Task]
 ) -> Iterator[Progress]:
-    """Denoise what is claimed, until every slab is recorded, or has failed since this process began."""
-    ledger, used = Ledger(plan.target.url), used_statistics(plan, statistics)
+    """Do what is claimed, until every slab is recorded, or has failed since this process began."""
+    ledger = Ledger(plan.target.url)
     slabs = {slab.key: slab for slab in plan.slabs}
     done = yield from forget_torn(plan)
     failed_before = {key: ledger.failure(key) for key in ledger.failed()}
-    tally = Tally(len(slabs), len(done))
+    tally = Tally(plan.stage, len(slabs), len(done))
     yield tally.progress()
 
-    def tasks(left: set[str]) -> Iterator[SlabTask]:
+    def tasks(left: set[str]) -> Iterator[Task]:
         for key in _claimed(member, list(slabs), left, ledger.is_done):
-            yield SlabTask(slabs[key], used.of(slabs[key].read.z))
+            yield task_for(slabs[key])
 
     pauses = _Pauses()
     while left := slabs.keys() - done - (failed := _failed_since(ledger, done, failed_before)):
         worked = False
-        for outcome in runner(partial(denoise_slab, plan, device), tasks(left)):
+        for outcome in runner(work, tasks(left)):
             member.check()
             worked, key = True, outcome.item.slab.key
             if outcome.error is not None:

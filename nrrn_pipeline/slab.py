@@ -6,14 +6,12 @@ one tile that keeps it. With a halo no smaller than the network's reach this equ
 
 from __future__ import annotations
 
-import os
-import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
-from time import perf_counter, time
+from time import perf_counter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,16 +21,17 @@ from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.filters import Filter
 from nrrn_pipeline.geometry import Box, Cut, Span
-from nrrn_pipeline.ledger import Ledger, Record
-from nrrn_pipeline.machine import peak_memory_bytes
+from nrrn_pipeline.ledger import Record
 from nrrn_pipeline.network import Network, bytes_hash, choose_device, fastest_in_slot, in_slot, parse_weights
 from nrrn_pipeline.noise import Noise
-from nrrn_pipeline.planning import DenoisePlan, Slab
+from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.shipped import read_weights
+from nrrn_pipeline.slabs import Slab
 from nrrn_pipeline.statistics import SliceStatistics
 from nrrn_pipeline.stitching import blended
 from nrrn_pipeline.stopwatch import Busy, Stopwatch
-from nrrn_pipeline.volume import read_box, write_box
+from nrrn_pipeline.volume import read_box
+from nrrn_pipeline.writing import store_slab
 
 WORST_LEVELS = 0.5  # grey levels, root mean square, by which a faster precision may differ from float32 for uint8
 WORST_OF_STD = 1 / 64  # for any dtype, of a slice's standard deviation: half a level of 32
@@ -61,7 +60,7 @@ def denoise_slab(plan: DenoisePlan, device: str, task: SlabTask) -> Record:
     Raises InputError if the weights, the device or the output are not the planned ones, RunError if the network gives
     numbers that are not finite, and whatever storage raises.
     """
-    started, slab, watch, arithmetic = perf_counter(), task.slab, Stopwatch(), ""
+    slab, watch, arithmetic = task.slab, Stopwatch(), ""
     if isinstance(plan.denoiser, Noise):
         with watch.during("decode"):
             noisy = read_box(plan.source, slab.keep)
@@ -79,23 +78,7 @@ def denoise_slab(plan: DenoisePlan, device: str, task: SlabTask) -> Record:
         finally:
             _computing.release()
         del noisy  # the next slab may be on its way
-    ledger = Ledger(plan.target.url)
-    ledger.refuse_others(plan)  # as late as can be: a task may outlive the run that sent it
-    with watch.during("encode"):
-        objects = write_box(plan.target, plan.target_box(slab), denoised)
-    record = Record(
-        key=slab.key,
-        voxels=slab.keep.size,
-        seconds=perf_counter() - started,
-        finished=time(),
-        worker=f"{socket.gethostname()}:{os.getpid()}",
-        peak_memory_bytes=peak_memory_bytes(),
-        objects=objects,
-        spent={stage: round(seconds, 6) for stage, seconds in watch.seconds.items()},
-        arithmetic=arithmetic,
-    )
-    ledger.put(record)  # last: a slab is done when, and only when, it is recorded
-    return record
+    return store_slab(plan, slab, denoised, watch, arithmetic)
 
 
 def read_weights_of(weights: Weights) -> bytes:

@@ -6,7 +6,7 @@ depend on which worker was first.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Shape, Span, boxes_of
 from nrrn_pipeline.volume import Volume, read_box
 
+CACHED = 2**18  # voxels that are summed up at a time
 MAX_VOXELS = 2**25  # of one task's box: 32 MiB of uint8
 
 
@@ -105,22 +106,30 @@ def measure_box(volume: Volume, box: Box) -> MeasuredBox:
 
     Raises InputError if a voxel is not a finite number.
     """
-    moments = []
-    for z, plane in enumerate(read_box(volume, box), start=box.z.start):
+    return box, tuple(moments_of(read_box(volume, box), box.z.start, volume.url))
+
+
+def moments_of(voxels: NDArray[Any], first_z: int, url: str) -> Iterator[Moments]:
+    """The moments of each of some slices' (z, y, x) voxels, which begin at first_z of `url`.
+
+    Raises InputError if a voxel is not a finite number.
+    """
+    for z, plane in enumerate(voxels, start=first_z):
         if not np.isfinite(plane).all():
             raise InputError(
-                f"{volume.url} holds NaN or infinite voxels in slice z={z}: replace them (with 0, say) before denoising"
+                f"{url} holds NaN or infinite voxels in slice z={z}: replace them (with 0, say) before denoising"
             )
-        moments.append(_moments(plane))
-    return box, tuple(moments)
+        yield _moments(plane)
 
 
 def _moments(plane: NDArray[Any]) -> Moments:
     """Of integers exact, of floats summed pairwise; never by BLAS, whose sums depend on its number of threads."""
     count = plane.size
     if plane.dtype.kind == "u":
-        wide = plane.astype(np.int64)
-        total, squares = int(wide.sum()), int(np.square(wide).sum())
+        total = squares = 0
+        for rows in np.array_split(plane, -(-count // CACHED)):
+            wide = rows.astype(np.int64)
+            total, squares = total + int(wide.sum()), squares + int(np.square(wide).sum())
         return Moments(count, total / count, (squares * count - total**2) / count)
     first = float(plane.flat[0])  # a blank slice then has deviations, and so a std, of exactly 0
     values = plane.astype(np.float64) - first

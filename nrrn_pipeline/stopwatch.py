@@ -16,6 +16,11 @@ class Stopwatch:
     """Seconds by stage. What goes on inside a stage may be told by `note`, and is then no part of it."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    _started: float = field(default_factory=perf_counter)
+
+    def age(self) -> float:
+        """Seconds since it was made."""
+        return perf_counter() - self._started
 
     @contextmanager
     def during(self, stage: str) -> Iterator[None]:

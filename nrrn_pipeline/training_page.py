@@ -22,12 +22,12 @@ from nrrn_pipeline.noise_details import NoiseCurve
 from nrrn_pipeline.noise_model import NoiseModel
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import absolute
-from nrrn_pipeline.planning import refuse_outside
 from nrrn_pipeline.preparing import Location
 from nrrn_pipeline.report import figures
 from nrrn_pipeline.report.page import Evaluation, Figure, Row, html_of
 from nrrn_pipeline.report.pictures import removed_picture
 from nrrn_pipeline.shipped import located, read_weights
+from nrrn_pipeline.slabs import refuse_outside
 from nrrn_pipeline.training.masks import best_window, blocks_of, image_blocks
 from nrrn_pipeline.training.material import MASK_DTYPES
 from nrrn_pipeline.training.train import CHOSEN, TRIED

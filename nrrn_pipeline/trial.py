@@ -12,8 +12,8 @@ import numpy as np
 from distributed import Client
 
 from nrrn_pipeline import storage
-from nrrn_pipeline.cluster import ClusterSettings, refuse_unfit_workers, started
-from nrrn_pipeline.cluster.checks import Facts, facts_here
+from nrrn_pipeline.cluster import ClusterSettings, started
+from nrrn_pipeline.cluster.checks import Facts, facts_here, refuse_unfit_workers
 from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.ledger import Record
 from nrrn_pipeline.network import NRRN, weights_bytes

@@ -16,8 +16,9 @@ from nrrn_pipeline.network import choose_device
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.preparing import make_plan
+from nrrn_pipeline.progress import Progress
 from nrrn_pipeline.retrying import reason_of
-from nrrn_pipeline.run import Progress, check_output
+from nrrn_pipeline.run import check_output
 from nrrn_pipeline.runners import Runner
 from nrrn_pipeline.volume import get_provenance
 

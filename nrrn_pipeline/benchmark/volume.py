@@ -9,8 +9,8 @@ from nrrn_pipeline import storage
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Shape, cells_of
 from nrrn_pipeline.places import absolute
-from nrrn_pipeline.planning import CHUNK, SHARD, fitted
 from nrrn_pipeline.preparing import Location
+from nrrn_pipeline.slabs import CHUNK, SHARD, fitted
 from nrrn_pipeline.volume import Volume, create_volume, write_box
 
 NOISE = 30.0  # grey levels

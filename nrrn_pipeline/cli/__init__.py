@@ -10,15 +10,22 @@ from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import NoReturn
 
-from nrrn_pipeline.cli.commands import app
-from nrrn_pipeline.cli.submit import submit_app
-from nrrn_pipeline.cli.terminal import err
+import typer
+
+from nrrn_pipeline.cli.lazy import LazyGroup
 from nrrn_pipeline.errors import LostError, NrrnError
-from nrrn_pipeline.training.processes import say_once
 
 __all__ = ["app", "main"]
 
-app.add_typer(submit_app, name="submit")
+app = typer.Typer(
+    cls=LazyGroup, no_args_is_help=True, pretty_exceptions_enable=False, help="Denoise FIB-SEM volumes with NRRN."
+)
+
+
+@app.callback()
+def nrrn() -> None:
+    """Denoise FIB-SEM volumes with NRRN."""  # without this typer has nothing to build
+
 
 INTERRUPTED, TERMINATED = (128 + number for number in (signal.SIGINT, signal.SIGTERM))  # what a shell calls them
 
@@ -32,6 +39,9 @@ def main() -> None:
         with _sigterm_like_ctrl_c():
             app()
     except (NrrnError, OSError) as error:
+        from nrrn_pipeline.cli.terminal import err  # not sooner: help, completion and workers need no torch
+        from nrrn_pipeline.training.processes import say_once
+
         text = f"nrrn: {error}"
         say_once(lambda: err.print(text), lost=isinstance(error, LostError))
         sys.exit(error.exit_status if isinstance(error, NrrnError) else 1)

@@ -24,7 +24,7 @@ from nrrn_pipeline.cli.options import WORDS, takes_options
 from nrrn_pipeline.cli.terminal import Watch, err, print_columns, progress_bar
 from nrrn_pipeline.cost import counted
 from nrrn_pipeline.errors import GO_ON, readable
-from nrrn_pipeline.run import Progress as RunProgress
+from nrrn_pipeline.progress import Progress as RunProgress
 
 
 class BatchBar(Watch, BatchWatch):

@@ -25,8 +25,8 @@ from nrrn_pipeline.errors import GO_ON, InputError
 from nrrn_pipeline.network import Architecture
 from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.places import absolute
-from nrrn_pipeline.planning import refuse_outside
 from nrrn_pipeline.report.figures import noise_curves
+from nrrn_pipeline.slabs import refuse_outside
 from nrrn_pipeline.training.choosing import loss_for
 from nrrn_pipeline.volume import open_volume
 from nrrn_pipeline.volume_noise import VolumeNoise, measure_volume

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from functools import wraps
 from inspect import Parameter, Signature, signature
+from math import inf
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +19,8 @@ from nrrn_pipeline.members import Share
 from nrrn_pipeline.network import PRECISIONS
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import using_options
-from nrrn_pipeline.planning import Layout, Method
+from nrrn_pipeline.planning import Method
+from nrrn_pipeline.slabs import Layout
 
 
 def _use_storage_options(context: typer.Context, text: str | None) -> str | None:
@@ -102,6 +104,19 @@ def parse_triple(name: str, text: str | None) -> Shape | None:
         raise InputError(
             f"--{name} {text!r} is not understood: expected three numbers Z,Y,X such as 64,512,512"
         ) from None
+    return z, y, x
+
+
+def parse_numbers(name: str, text: str | None) -> tuple[float, float, float] | None:
+    """Sizes such as 5,4.5,4.5. Raises InputError for any other text, and for what is no size."""
+    if text is None:
+        return None
+    try:
+        z, y, x = (float(part) for part in text.split(","))
+        if not all(0 < size < inf for size in (z, y, x)):
+            raise ValueError
+    except ValueError:
+        raise InputError(f"--{name} {text!r} is not understood: expected three sizes Z,Y,X such as 8,5,5") from None
     return z, y, x
 
 

@@ -9,10 +9,8 @@ from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
-from typer.main import get_command
 
-from nrrn_pipeline.cli.commands import app
+from nrrn_pipeline.cli.lazy import loaded
 from nrrn_pipeline.cli.options import WORDS, parse_options
 from nrrn_pipeline.cli.terminal import err, out
 from nrrn_pipeline.cluster.sbatch import ArrayJob, render, submit
@@ -113,9 +111,7 @@ def _words_of_denoise(given: list[str], job: ArrayJob) -> Iterator[tuple[Denoise
     Within the block the storage options among them are in force. Raises InputError where denoise would, and for what
     does not go with an array.
     """
-    group = get_command(app)
-    assert isinstance(group, TyperGroup)
-    command = group.commands["denoise"]
+    command = loaded("denoise")
     with command.make_context("nrrn submit slurm", list(given)) as context:
         options = [
             option

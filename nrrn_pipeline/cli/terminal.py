@@ -14,8 +14,8 @@ from nrrn_pipeline import api
 from nrrn_pipeline.cost import counted
 from nrrn_pipeline.errors import readable
 from nrrn_pipeline.network import Architecture
-from nrrn_pipeline.planning import DenoisePlan
-from nrrn_pipeline.run import Progress as RunProgress
+from nrrn_pipeline.progress import Progress as RunProgress
+from nrrn_pipeline.slabs import Plan
 from nrrn_pipeline.training.processes import say_once
 
 out, err = (Console(stderr=stderr, soft_wrap=True, markup=False, highlight=False) for stderr in (False, True))
@@ -28,7 +28,7 @@ class Watch(api.RunWatch):
         self.bar = bar
         self.tasks: dict[str, Any] = {}
 
-    def started(self, plan: DenoisePlan, where: str) -> None:
+    def started(self, plan: Plan, where: str) -> None:
         """Say where."""
         err.print(f"{counted(len(plan.slabs), 'slab')} on {where}")
         self.bar.start()

@@ -1,8 +1,10 @@
-"""Where tasks run: each kind of cluster turns settings into a Dask client that cleans up after itself."""
+"""Where tasks run: each kind of cluster turns settings into a Dask client that cleans up after itself.
+
+Every worker imports this package: `checks.py`, which needs torch, is imported by name.
+"""
 
 from nrrn_pipeline.cluster.address import AddressSettings, address_client
 from nrrn_pipeline.cluster.base import Cluster, ClusterSettings
-from nrrn_pipeline.cluster.checks import refuse_unfit_workers
 from nrrn_pipeline.cluster.jobqueue_settings import (
     JobQueueSettings,
     LsfSettings,
@@ -30,6 +32,5 @@ __all__ = [
     "load_settings",
     "local_client",
     "make_keys",
-    "refuse_unfit_workers",
     "started",
 ]

@@ -12,15 +12,17 @@ from typing import Any
 from distributed import Client
 
 from nrrn_pipeline import storage
-from nrrn_pipeline.denoisers import Denoiser, Weights
+from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import InputError, NrrnError
+from nrrn_pipeline.geometry import Box, Span
 from nrrn_pipeline.machine import cores, free_memory_bytes, refuse_other_versions, versions
 from nrrn_pipeline.network import choose_device, device_text
 from nrrn_pipeline.places import adopt_options, options_text
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.retrying import reason_of
 from nrrn_pipeline.slab import read_weights_of
-from nrrn_pipeline.volume import Volume, open_volume
+from nrrn_pipeline.slabs import CopyPlan, Plan, Slab
+from nrrn_pipeline.volume import open_volume
 
 MOST_SHOWN = 3
 LOOKS_S = (0.5, 1.0, 2.0, 4.0)
@@ -42,19 +44,18 @@ class Facts:
 class Demand:
     """What each worker must find: the driver's versions, its storage, and a device.
 
-    settings: the denoiser's, as the driver finds them. token: a file and its content.
+    settings: the plan's, as the driver finds them. token: a file and its content.
     """
 
     versions: dict[str, str]
     options: str
     device: str
-    source: Volume
-    denoiser: Denoiser
+    plan: Plan
     settings: dict[str, Any]
     token: tuple[str, bytes]
 
 
-def refuse_unfit_workers(client: Client, plans: Sequence[DenoisePlan], device: str) -> None:
+def refuse_unfit_workers(client: Client, plans: Sequence[Plan], device: str) -> None:
     """Ask every worker there is. Raises InputError, naming workers and what they lack; outputs stay as they were.
 
     Of several plans one that can be done is enough: the others will say for themselves what is wrong.
@@ -64,9 +65,7 @@ def refuse_unfit_workers(client: Client, plans: Sequence[DenoisePlan], device: s
         content = uuid.uuid4().bytes
         with storage.probe(plan.group_url, content) as token:
             probe = token, content
-            demand = Demand(
-                versions(), options_text(), device, plan.source, plan.denoiser, plan.denoiser.settings, probe
-            )
+            demand = Demand(versions(), options_text(), device, plan, plan.settings, probe)
             found = client.run(trouble_here, demand, on_error="return")
         troubled = {worker: _said(answer) for worker, answer in found.items() if answer}
         if not troubled:
@@ -109,19 +108,14 @@ def _refuse_no_gpu(device: str, given: float) -> None:
 def _refuse_unseen(demand: Demand) -> None:
     """Raises InputError if source, weights or output are not the driver's under the same names."""
     url, content = demand.token
-    try:
-        seen = open_volume(demand.source.url)
-    except InputError as error:
-        raise InputError(f"the source is not there: {error}{_hint(demand.source.url)}") from error
-    if seen.shape[1:] != demand.source.shape[1:]:
-        raise InputError(f"{demand.source.url} is another volume there: {seen.shape}, not {demand.source.shape}")
-    if isinstance(demand.denoiser, Weights):
-        try:
-            read_weights_of(demand.denoiser)
-        except InputError as error:
-            raise InputError(f"the weights are not there: {error}{_hint(demand.denoiser.path)}") from error
-    if (found := demand.denoiser.settings) != demand.settings:  # also raises if a filter's package is missing
-        raise InputError(f"the method is another one there: {found}, not {demand.settings}; install the same packages")
+    if isinstance(demand.plan, DenoisePlan):
+        _refuse_unseen_source(demand.plan)
+    else:
+        _refuse_unread_source(demand.plan)
+    if (found := demand.plan.settings) != demand.settings:  # also raises if a filter's package is missing
+        differing = [name for name in demand.settings if found.get(name) != demand.settings[name]]
+        said = "; ".join(f"{name} {found.get(name)}, not {demand.settings[name]}" for name in differing)
+        raise InputError(f"the method is another one there: {said}; install the same packages")
     folder = url.rpartition("/")[0]
     for pause in LOOKS_S:
         if storage.read_file(url) == content:
@@ -130,6 +124,32 @@ def _refuse_unseen(demand: Demand) -> None:
     else:
         raise InputError(f"the output {folder} is another folder there, or none{_hint(url)}")
     storage.write_file(f"{url}.{uuid.uuid4().hex}.probe", b"")
+
+
+def _refuse_unseen_source(plan: DenoisePlan) -> None:
+    """Raises InputError if the volume to denoise, or the weights for it, are not there."""
+    try:
+        seen = open_volume(plan.source.url)
+    except InputError as error:
+        raise InputError(f"the source is not there: {error}{_hint(plan.source.url)}") from error
+    if seen.shape[1:] != plan.source.shape[1:]:
+        raise InputError(f"{plan.source.url} is another volume there: {seen.shape}, not {plan.source.shape}")
+    if isinstance(plan.denoiser, Weights):
+        try:
+            read_weights_of(plan.denoiser)
+        except InputError as error:
+            raise InputError(f"the weights are not there: {error}{_hint(plan.denoiser.path)}") from error
+
+
+def _refuse_unread_source(plan: Plan) -> None:
+    """Raises InputError if what is to be copied cannot be read: of its first slab, one voxel is."""
+    assert isinstance(plan, CopyPlan)
+    first = plan.slabs[0].keep
+    one = Box(*(Span(span.start, span.start + 1) for span in first.spans))
+    try:
+        plan.voxels(Slab(one, one))
+    except (OSError, InputError) as error:
+        raise InputError(f"the source is not there: {reason_of(error)}{_hint(plan.source_url)}") from error
 
 
 def _hint(url: str) -> str:

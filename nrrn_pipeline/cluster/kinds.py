@@ -25,7 +25,6 @@ from nrrn_pipeline.cluster.kubernetes_settings import KubernetesSettings
 from nrrn_pipeline.cluster.local import LocalSettings, local_client
 from nrrn_pipeline.cluster.ssh import SshSettings, ssh_cluster
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.network import gpu_count
 
 AnySettings = Annotated[
     LocalSettings
@@ -79,6 +78,8 @@ def started(settings: ClusterSettings, slabs_each: int) -> Iterator[Cluster]:
     """
     match settings:
         case LocalSettings():
+            from nrrn_pipeline.network import gpu_count  # not sooner: workers that copy need no torch
+
             with local_client(settings.workers or 1, slabs_each, gpu_count(), settings.processes) as client:
                 port = client.scheduler_info()["services"].get("dashboard")
                 yield Cluster(client, f"this machine, dashboard http://127.0.0.1:{port}/status")

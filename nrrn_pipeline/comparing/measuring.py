@@ -28,11 +28,12 @@ from nrrn_pipeline.evaluation.without_reference import (
 from nrrn_pipeline.geometry import Box, Shape
 from nrrn_pipeline.network import parse_header
 from nrrn_pipeline.options import Options
-from nrrn_pipeline.planning import DenoisePlan, refuse_outside
+from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.preparing import Location, make_plan
 from nrrn_pipeline.report.page import INPUT
 from nrrn_pipeline.run import check_output
 from nrrn_pipeline.shipped import located, read_weights
+from nrrn_pipeline.slabs import refuse_outside
 from nrrn_pipeline.volume import Volume, open_volume, read_box
 
 MOST_VOXELS = 2**28  # that are measured at a time, in memory with some copies in float64
@@ -234,6 +235,7 @@ def _seams(voxels: NDArray[Any], plan: DenoisePlan) -> float | None:
 
 
 def _cost(summary: Summary) -> dict[str, float | None]:
+    assert isinstance(summary.plan, DenoisePlan)
     denoiser, images = summary.plan.denoiser, summary.plan.method.images
     measures: dict[str, float | None] = {}
     if isinstance(denoiser, Weights):

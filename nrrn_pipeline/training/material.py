@@ -11,7 +11,7 @@ import numpy as np
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Span
 from nrrn_pipeline.noise_details import NoiseCurve
-from nrrn_pipeline.planning import refuse_outside
+from nrrn_pipeline.slabs import refuse_outside
 from nrrn_pipeline.training.choosing import loss_for
 from nrrn_pipeline.training.fit import AUTO, TrainSettings
 from nrrn_pipeline.training.masks import Blocks, best_window, blocks_of

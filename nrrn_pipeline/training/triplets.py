@@ -15,9 +15,9 @@ from torch import Tensor
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Span
 from nrrn_pipeline.network import choose_device
-from nrrn_pipeline.run import measured
 from nrrn_pipeline.runners import run_serially
 from nrrn_pipeline.statistics import SliceStatistics, measure_box, merge_boxes, statistics_boxes
+from nrrn_pipeline.statistics_pass import measured
 from nrrn_pipeline.training.ahead import made_ahead
 from nrrn_pipeline.training.fit import HELD_OUT, LEARNT, TrainSettings
 from nrrn_pipeline.training.masks import BLOCK, Blocks

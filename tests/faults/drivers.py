@@ -92,6 +92,9 @@ def serve() -> None:
     import s3fs  # noqa: F401
 
     from nrrn_pipeline.cli import main
+    from nrrn_pipeline.cli.lazy import loaded
+
+    loaded("denoise")
 
     while line := sys.stdin.readline():
         request = json.loads(line)

@@ -22,7 +22,8 @@ from nrrn_pipeline.errors import SlabsFailedError
 from nrrn_pipeline.ledger import Ledger
 from nrrn_pipeline.planning import DenoisePlan, plan_denoise
 from nrrn_pipeline.preparing import describe_weights
-from nrrn_pipeline.run import BREAKER, run_plan
+from nrrn_pipeline.progress import BREAKER
+from nrrn_pipeline.run import run_plan
 from nrrn_pipeline.runners import ATTEMPTS, DaskRunner, Outcome, run_serially
 from nrrn_pipeline.slab import SlabTask
 from nrrn_pipeline.volume import open_volume

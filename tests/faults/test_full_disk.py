@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from nrrn_pipeline import Layout, Options, RunError, RunWatch, denoise, presence, verify
-from nrrn_pipeline.run import Progress
+from nrrn_pipeline.progress import Progress
 from tests.faults.drivers import Nursery, nursery
 from tests.support import bare_zarr, stored_chunks, tiny_weights
 

@@ -126,7 +126,7 @@ def test_a_403_in_mid_run_ends_it_at_once_and_names_the_slab(lab: Lab, proxy: Fa
 def test_an_existing_chunk_that_is_not_found_never_becomes_fill_values(
     lab: Lab, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nrrn_pipeline.run.BREAKER", SLABS)  # all slabs that need it are to be named
+    monkeypatch.setattr("nrrn_pipeline.progress.BREAKER", SLABS)  # all slabs that need it are to be named
 
     def is_one_chunk(request: Request) -> bool:
         return request.method == "GET" and request.path.endswith("in.zarr/c/0/1/1")

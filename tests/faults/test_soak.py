@@ -20,10 +20,11 @@ from fsspec.spec import AbstractFileSystem
 from nrrn_pipeline import Layout, slab
 from nrrn_pipeline.geometry import Box
 from nrrn_pipeline.ledger import Ledger, Record
-from nrrn_pipeline.planning import DenoisePlan, plan_denoise, slab_key
+from nrrn_pipeline.planning import DenoisePlan, plan_denoise
 from nrrn_pipeline.preparing import describe_weights
 from nrrn_pipeline.run import run_plan
 from nrrn_pipeline.runners import DaskRunner
+from nrrn_pipeline.slabs import slab_key
 from nrrn_pipeline.volume import open_volume
 from tests.support import Passing, bare_zarr, tiny_weights
 

@@ -14,7 +14,7 @@ import pytest
 
 from nrrn_pipeline import read_manifest, run_batch, storage
 from nrrn_pipeline.batch import Job, Result, exit_status, watch_batch
-from nrrn_pipeline.run import Progress
+from nrrn_pipeline.progress import Progress
 from tests.batches import (
     SERIAL,
     WORDS,

@@ -19,11 +19,12 @@ from distributed import Client, KilledWorker, LocalCluster
 from nrrn_pipeline import api
 from nrrn_pipeline.cluster import local_client
 from nrrn_pipeline.errors import InputError, RunError
-from nrrn_pipeline.planning import DenoisePlan, Layout, plan_denoise
+from nrrn_pipeline.planning import DenoisePlan, plan_denoise
 from nrrn_pipeline.preparing import describe_weights
 from nrrn_pipeline.run import run_plan
 from nrrn_pipeline.runners import ATTEMPTS, DaskRunner, Outcome, Runner, run_serially
 from nrrn_pipeline.slab import SlabTask, denoise_slab
+from nrrn_pipeline.slabs import Layout
 from nrrn_pipeline.statistics import SliceStatistics
 from nrrn_pipeline.volume import open_volume
 from tests.support import bare_zarr, image_like, stored_chunks, tiny_weights

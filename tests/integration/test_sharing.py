@@ -23,7 +23,7 @@ from nrrn_pipeline.errors import InputError, RunError, SlabsFailedError
 from nrrn_pipeline.ledger import Ledger
 from nrrn_pipeline.members import Share
 from nrrn_pipeline.planning import Method
-from nrrn_pipeline.run import Progress
+from nrrn_pipeline.progress import Progress
 from nrrn_pipeline.runners import ATTEMPTS
 from tests.support import bare_zarr, image_like, stored_chunks, tiny_weights
 

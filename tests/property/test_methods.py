@@ -18,11 +18,12 @@ from nrrn_pipeline.filters import Filter
 from nrrn_pipeline.geometry import Box, Span
 from nrrn_pipeline.network import Architecture, in_slot, load_weights, save_weights
 from nrrn_pipeline.noise import Noise
-from nrrn_pipeline.planning import Layout, Method, plan_denoise
+from nrrn_pipeline.planning import Method, plan_denoise
 from nrrn_pipeline.preparing import describe_weights
 from nrrn_pipeline.run import run_plan
 from nrrn_pipeline.runners import run_serially
 from nrrn_pipeline.slab import stacks_of
+from nrrn_pipeline.slabs import Layout
 from nrrn_pipeline.volume import open_volume, read_box
 from tests.support import bare_zarr, image_like, tiny_weights
 

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.geometry import Box, Span
 from nrrn_pipeline.network import in_slot, weights_hash
-from nrrn_pipeline.planning import DenoisePlan, Layout, Method, plan_denoise
+from nrrn_pipeline.planning import DenoisePlan, Method, plan_denoise
 from nrrn_pipeline.run import run_plan
 from nrrn_pipeline.runners import run_serially
 from nrrn_pipeline.slab import SlabTask, denoise_voxels
+from nrrn_pipeline.slabs import Layout
 from nrrn_pipeline.statistics import measure_box, merge_boxes
 from nrrn_pipeline.volume import open_volume, read_box
 from tests.support import bare_zarr, image_like, tiny_network, tiny_weights, whole_slices

@@ -18,7 +18,8 @@ from nrrn_pipeline import ome
 from nrrn_pipeline.cli.options import parse_box, parse_triple
 from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.geometry import Box, Span
-from nrrn_pipeline.planning import DenoisePlan, Layout, plan_denoise
+from nrrn_pipeline.planning import DenoisePlan, plan_denoise
+from nrrn_pipeline.slabs import Layout
 from nrrn_pipeline.volume import Volume, open_volume, read_box
 from tests.hostile import DEEP, EVIL, HUGE, JSON, changed, frugal, paths_in, refusal, refused_in_one_line
 from tests.support import bare_zarr, image_like, ome_image, tiny_weights

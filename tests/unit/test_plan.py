@@ -22,7 +22,8 @@ from nrrn_pipeline.filters import Filter
 from nrrn_pipeline.geometry import Box, Shape, Span, box_of
 from nrrn_pipeline.network import flop_per_voxel
 from nrrn_pipeline.noise import Noise
-from nrrn_pipeline.planning import CHUNK, SHARD, TILE_BYTES, DenoisePlan, Layout, Method, plan_denoise, tile_for
+from nrrn_pipeline.planning import TILE_BYTES, DenoisePlan, Method, plan_denoise, tile_for
+from nrrn_pipeline.slabs import CHUNK, SHARD, Layout
 from nrrn_pipeline.statistics import statistics_boxes
 from nrrn_pipeline.volume import Volume
 from tests.support import tiny_network

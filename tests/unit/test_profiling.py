@@ -6,7 +6,7 @@ import pytest
 
 from nrrn_pipeline.ledger import Record
 from nrrn_pipeline.profiling import STAGES, Profile
-from nrrn_pipeline.run import Progress
+from nrrn_pipeline.progress import Progress
 
 
 def record(worker: str = "a:1", **spent: float) -> Record:
@@ -27,7 +27,7 @@ def profile_of(*records: Record, seconds: float = 10.0) -> Profile:
 def test_seconds_are_summed_by_stage_and_shared_by_workers() -> None:
     profile = profile_of(record(network=4, fetch=1), record("b:2", network=3.5, decode=0.5))
     assert profile.spent == {"network": 7.5, "fetch": 1, "decode": 0.5}
-    assert (profile.statistics_s, profile.denoising_s) == (2.5, 10.0)
+    assert (profile.statistics_s, profile.slabs_s) == (2.5, 10.0)
     assert profile.computing == pytest.approx(7.5 / 20)
     rows = profile.rows()
     assert rows["statistics and start"] == "2.5 s"

@@ -18,8 +18,9 @@ from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.lease import Lease
 from nrrn_pipeline.ledger import Ledger, Record
 from nrrn_pipeline.places import files_of
-from nrrn_pipeline.planning import DenoisePlan, Layout, plan_denoise
+from nrrn_pipeline.planning import DenoisePlan, plan_denoise
 from nrrn_pipeline.presence import LEASE_S
+from nrrn_pipeline.slabs import Layout
 from nrrn_pipeline.volume import Volume
 
 WORK = {"slabs": 2, "voxels": 4000, "seconds": 8.0}

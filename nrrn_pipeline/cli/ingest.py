@@ -1,0 +1,62 @@
+"""nrrn ingest: from the microscope's files to a volume."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from nrrn_pipeline.api import run_planned
+from nrrn_pipeline.cli.options import LAYOUT, WHERE, parse_numbers, takes_options
+from nrrn_pipeline.cli.terminal import Watch, by_text, err, out, progress_bar
+from nrrn_pipeline.cost import bytes_text, counted
+from nrrn_pipeline.errors import GO_ON, InputError, readable
+from nrrn_pipeline.ingesting import Intake, planned
+from nrrn_pipeline.options import Options
+
+
+@takes_options((WHERE - {"device"}) | LAYOUT | {"overwrite", "shard_of", "level"})
+def ingest(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SRC... DST",
+            help="A folder of slices, files of them (TIFF, PNG), or a volume (TIFF, MRC, HDF5, N5, .npy, Zarr); then "
+            "the OME-Zarr to write.",
+            show_default=False,
+        ),
+    ],
+    options: Options,
+    voxel_nm: Annotated[
+        str | None, typer.Option(metavar="Z,Y,X", help="Size of a voxel in nm, if the files do not say it rightly.")
+    ] = None,
+    as_dtype: Annotated[
+        str | None, typer.Option("--as", metavar="DTYPE", help="uint8, uint16, float32: if it holds every voxel.")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Of HDF5 or N5, such as /volumes/raw.")] = None,
+    lacking: Annotated[
+        str, typer.Option(help="Of slices that are missing, cut short or of another size: refuse, blank, skip.")
+    ] = "refuse",
+) -> None:
+    """Bring the microscope's files into one OME-Zarr volume. Interrupted? Run the same command again.
+
+    Example: nrrn ingest slices/ raw.zarr --voxel-nm 5,5,5
+    """
+    if len(paths) < 2:
+        raise InputError("give what to read, SRC, and then the volume to write, DST: nrrn ingest slices/ raw.zarr")
+    size = parse_numbers("voxel-nm", voxel_nm)
+    made = planned(paths[:-1], paths[-1], Intake(size, as_dtype, dataset, lacking), options)
+    for note in made.stack.notes:
+        err.print(readable(f"note: {note}"))
+    if not made.target.in_nm:
+        err.print("note: the files do not say how large voxels are: give --voxel-nm Z,Y,X if you know")
+    with progress_bar(GO_ON) as bar:
+        summary = run_planned(made, options, Watch(bar))
+    target = made.target
+    size_text = f", voxels of {by_text(target.voxel_size)} nm" if target.in_nm else ""
+    done = counted(summary.slabs, "slab") + (f", {summary.resumed} of them done before" if summary.resumed else "")
+    out.print(f"{made.group_url}: {by_text(target.shape)} {target.dtype}{size_text}; complete, {done}")
+    if summary.voxels:
+        speed = summary.voxels * target.itemsize / summary.seconds
+        peak = bytes_text(summary.peak_memory_bytes)
+        out.print(f"{summary.seconds:.1f} s, {bytes_text(speed)}/s, peak memory of a worker {peak}")

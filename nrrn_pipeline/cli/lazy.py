@@ -1,0 +1,59 @@
+"""Commands whose modules are imported when they are called: help, completion and workers need none of them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
+
+COMMANDS = {  # name: module of this package, what to call there, a line of help
+    "ingest": ("ingest", "ingest", "From the microscope's files to one OME-Zarr volume."),
+    "info": ("volumes", "info", "Describe a volume or a weights file."),
+    "noise": ("noise", "noise", "Measure the noise of a volume: how strong, where, and whether it is white."),
+    "train": ("training", "train", "Train on the noisy volume itself: no clean data is needed."),
+    "plan": ("denoising", "plan", "What a run would do, and what it would take."),
+    "denoise": ("denoising", "denoise", "Denoise a volume; run again, it goes on where it was."),
+    "status": ("volumes", "status", "How far a run is, wherever it is driven from."),
+    "verify": ("volumes", "verify", "Whether an output is whole."),
+    "repair": ("denoising", "repair", "Denoise again what of an output is damaged."),
+    "batch": ("batch", "batch", "Denoise many volumes on one cluster."),
+    "evaluate": ("evaluate", "evaluate", "Denoise by several methods, and measure each."),
+    "ground-truth": ("ground_truth", "ground_truth", "A reference image out of repeated scans."),
+    "add-noise": ("noise", "add_noise", "Add synthetic noise, to measure denoising where the truth is known."),
+    "benchmark": ("benchmark", "benchmark", "Measure speed and memory here, beside other programs."),
+    "submit": ("submit", "submit_app", "Runs as jobs of a batch system."),
+    "weights": ("weights", "weights_app", "Weights files."),
+    "cluster": ("cluster", "cluster_app", "Dask clusters."),
+}
+
+
+class LazyCommand(TyperCommand):
+    """Stands for a command until it is called; shows its help line."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """The command's own."""
+        return loaded(self.name or "").make_context(info_name, args, parent, **extra)
+
+
+class LazyGroup(TyperGroup):
+    """All commands, in the order in which they are used."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands.update({name: LazyCommand(name, help=line) for name, (_, _, line) in COMMANDS.items()})
+
+
+def loaded(name: str) -> Any:
+    """The command itself."""
+    module, attribute, _ = COMMANDS[name]
+    found = getattr(import_module(f"nrrn_pipeline.cli.{module}"), attribute)
+    if not isinstance(found, typer.Typer):
+        app = typer.Typer(add_completion=False)
+        app.command(name)(found)
+        found = app
+    command = get_command(found)
+    command.name = name
+    return command
