@@ -9,8 +9,9 @@ export UV_FIND_LINKS = $(PIP_FIND_LINKS)
 demo: .venv/ready
 	.venv/bin/python workflows/demo/demo.py demo
 
+# two files at a time: many tests wait, and those that compute do so in one thread
 test: .venv/ready
-	.venv/bin/python -m pytest tests
+	.venv/bin/python -m pytest tests --numprocesses 2 --dist loadfile
 
 lint: .venv/ready
 	.venv/bin/ruff check .
