@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nrrn_pipeline import Layout, Options, denoise, presence, sharing, status, storage, verify
+from nrrn_pipeline import Layout, Options, denoise, presence, run, sharing, status, storage, verify
 from nrrn_pipeline.api import RunWatch, Summary
 from nrrn_pipeline.cli import main
 from nrrn_pipeline.errors import InputError, RunError, SlabsFailedError
@@ -77,7 +77,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lab:
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each slab was tried; the first of the volume fails each time, until it is mended."""
-    tried, lock, real = Counter[str](), threading.Lock(), sharing.denoise_slab
+    tried, lock, real = Counter[str](), threading.Lock(), run.denoise_slab
     broken = [True]
 
     def denoise_slab(plan: Any, device: str, task: Any) -> Any:
@@ -87,7 +87,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
             raise ValueError("cannot be decoded")
         return real(plan, device, task)
 
-    monkeypatch.setattr(sharing, "denoise_slab", denoise_slab)
+    monkeypatch.setattr(run, "denoise_slab", denoise_slab)
     tried.mend = broken.clear  # type: ignore[attr-defined]
     return tried
 

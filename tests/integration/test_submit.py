@@ -11,9 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
 
-from nrrn_pipeline.cli import app
+from nrrn_pipeline.cli.lazy import loaded
 from nrrn_pipeline.cluster import SlurmSettings, load_settings
 from tests.commands import Nrrn, Said
 from tests.support import bare_zarr, image_like, tiny_weights
@@ -223,10 +222,9 @@ def test_logs_that_cannot_be_written_are_said_before_anything_is_queued(
 
 
 def test_no_option_of_submit_hides_one_of_denoise() -> None:
-    commands = get_command(app).commands  # type: ignore[attr-defined]
     own, theirs = (
         {name for option in c.params for name in option.opts if name.startswith("--")}
-        for c in (commands["submit"].commands["slurm"], commands["denoise"])
+        for c in (loaded("submit").commands["slurm"], loaded("denoise"))
     )
     assert not own & theirs
 
@@ -263,7 +261,7 @@ def test_the_nightly_job_says_what_denoise_understands(tmp_path: Path) -> None:
     assert ended.returncode == 3
     words = (tmp_path / "words").read_text().split("\0")[:-1]
     assert words[0] == "denoise"
-    with get_command(app).commands["denoise"].make_context("nrrn denoise", words[1:]) as context:  # type: ignore[attr-defined]
+    with loaded("denoise").make_context("nrrn denoise", words[1:]) as context:  # type: ignore[attr-defined]
         given = context.params
     assert (given["source"], given["output"], given["weights"]) == ("s3://lab/a b.zarr", "$x", "w")
     assert (given["follow"], given["every"]) == (True, 0)

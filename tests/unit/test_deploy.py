@@ -22,10 +22,9 @@ from typing import Any
 import jsonschema
 import kubernetes_validate
 import pytest
-import typer
 import yaml
 
-from nrrn_pipeline.cli import app
+from nrrn_pipeline.cli.lazy import loaded
 from nrrn_pipeline.cluster.kubernetes_settings import USER, KubernetesSettings, Toleration, cluster_manifest, key_secret
 from nrrn_pipeline.cluster.worker import GRACE_S
 
@@ -342,6 +341,5 @@ def test_the_options_in_the_manifests_are_those_of_the_command(name: str) -> Non
     words = (
         driver["args"] if "command" not in driver else shlex.split(job_script().partition("nrrn ")[2].split("&&")[0])
     )
-    (denoise,) = (each for each in typer.main.get_command(app).commands.items() if each[0] == words[0])
-    known = {option for parameter in denoise[1].params for option in parameter.opts}
+    known = {option for parameter in loaded(words[0]).params for option in parameter.opts}
     assert {word for word in words if word.startswith("--")} <= known

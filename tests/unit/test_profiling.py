@@ -61,7 +61,7 @@ def test_the_bottleneck_is_named(spent: dict[str, float], bottleneck: str) -> No
 def test_a_run_that_did_nothing_has_no_bottleneck() -> None:
     profile = Profile()
     profile.add(Progress("denoising", 5, 5), 0.1)
-    assert profile.bottleneck() == "none: no slab was denoised"
+    assert profile.bottleneck() == "none: no slab was done"
     assert profile.rows()["bottleneck"] == profile.bottleneck()
     assert profile.computing == 0
 
