@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nrrn_pipeline.api import RunWatch, add_noise, denoise, import_weights, plan, repair, status, verify
+    from nrrn_pipeline.api import RunWatch, add_levels, add_noise, denoise, import_weights, plan, repair, status, verify
     from nrrn_pipeline.batch import read_manifest, run_batch
     from nrrn_pipeline.comparing import Yardstick, candidates, compare, write_results
     from nrrn_pipeline.errors import InputError, NrrnError, RunError, SlabsFailedError, StorageError
@@ -46,6 +46,7 @@ __all__ = [
     "TrainWatch",
     "TrainingVolume",
     "Yardstick",
+    "add_levels",
     "add_noise",
     "candidates",
     "compare",
@@ -67,7 +68,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": ("RunWatch", "add_noise", "denoise", "import_weights", "plan", "repair", "status", "verify"),
+    "api": ("RunWatch", "add_levels", "add_noise", "denoise", "import_weights", "plan", "repair", "status", "verify"),
     "batch": ("read_manifest", "run_batch"),
     "comparing": ("Yardstick", "candidates", "compare", "write_results"),
     "errors": ("InputError", "NrrnError", "RunError", "SlabsFailedError", "StorageError"),

@@ -42,6 +42,7 @@ from nrrn_pipeline.planning import DenoisePlan, Method, plan_denoise
 from nrrn_pipeline.preparing import Location, make_plan, plan_for, shape_of
 from nrrn_pipeline.profiling import Profile
 from nrrn_pipeline.progress import Progress
+from nrrn_pipeline.pyramid import PyramidPlan, plan_pyramid, touched
 from nrrn_pipeline.run import check_output, run_plan
 from nrrn_pipeline.runners import DaskRunner, Runner, ThreadRunner, run_serially
 from nrrn_pipeline.sharing import run_share
@@ -55,6 +56,7 @@ __all__ = [
     "RunWatch",
     "Status",
     "Summary",
+    "add_levels",
     "add_noise",
     "denoise",
     "import_weights",
@@ -81,7 +83,7 @@ class Forecast:
 class Summary:
     """What a run did. `resumed` slabs were done before, `done` by this run, all others by those that share it.
 
-    peak_memory_bytes is the largest worker's (0: none worked).
+    peak_memory_bytes is the largest worker's (0: none worked). level_slabs: of levels of lower resolution, done too.
     """
 
     plan: Plan
@@ -92,6 +94,7 @@ class Summary:
     seconds: float
     peak_memory_bytes: int
     profile: Profile
+    level_slabs: int = 0
 
 
 class RunWatch:
@@ -162,8 +165,36 @@ def carry_out(
 ) -> Summary:
     """Carry out a plan on a runner that is open already; `again`: slabs to do though they are done.
 
-    Raises what denoise raises.
+    Levels of lower resolution are made too if `options.pyramid`, and made good if there are any. Raises what denoise
+    raises.
     """
+    summary, done = _carry_out(made, options, runner, watch, again)
+    if made.growing or not (options.pyramid or Ledger(f"{made.group_url}/1").begun()):
+        return summary
+    boxes = [made.target_box(slab) for slab in made.slabs if slab.key in done]
+    return replace(summary, level_slabs=make_levels(plan_pyramid(made.target), options, runner, watch, boxes))
+
+
+def make_levels(
+    plans: Sequence[PyramidPlan], options: Options, runner: Runner, watch: RunWatch, changed: Sequence[Box] = ()
+) -> int:
+    """Make levels, one out of the other; what covers `changed` boxes of the first one's source is made again.
+
+    How many slabs were done. Raises what denoise raises.
+    """
+    count = 0
+    for plan in plans:
+        again = touched(plan, changed) if changed and Ledger(plan.target.url).begun() else []
+        _, done = _carry_out(plan, replace(options, overwrite=False), runner, watch, frozenset(s.key for s in again))
+        changed, count = [slab.keep for slab in plan.slabs if slab.key in done], count + len(done)
+    return count
+
+
+def _carry_out(
+    made: Plan, options: Options, runner: Runner, watch: RunWatch, again: frozenset[str]
+) -> tuple[Summary, set[str]]:
+    """The summary, and the keys of the slabs that were done."""
+    keys = set[str]()
     started, resumed, done, voxels, peak, profile = perf_counter(), None, 0, 0, 0, Profile(made.stage)
     if options.share is None:
         run = run_plan(made, runner, options.device, options.overwrite, again)
@@ -176,8 +207,10 @@ def carry_out(
             voxels = progress.voxels
             resumed = progress.done if resumed is None else resumed
             if progress.record is not None:
+                keys.add(progress.record.key)
                 done, peak = done + 1, max(peak, progress.record.peak_memory_bytes)
-    return Summary(made, len(made.slabs), resumed or 0, done, voxels, perf_counter() - started, peak, profile)
+    seconds = perf_counter() - started
+    return Summary(made, len(made.slabs), resumed or 0, done, voxels, seconds, peak, profile), keys
 
 
 def add_noise(
@@ -238,7 +271,10 @@ def repair(
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{output} cannot be repaired: its settings are damaged ({error})") from error
     again = replace(options or Options(), level=level, roi=roi, layout=layout, method=method, overwrite=False)
-    keys = frozenset(checked.slab for checked in found if checked.slab)
+    keys = frozenset(checked.slab for checked in found if checked.slab and checked.level == 0)
+    for checked in found:
+        if checked.slab and checked.level > 0:
+            Ledger(open_volume(output, checked.level).url).forget(checked.slab)
     if again.here:
         choose_device(again.device)
     opened = open_volume(source, level)
@@ -246,6 +282,24 @@ def repair(
         opened = replace(opened, shape=(min(opened.shape[0], int(settings["source shape"][0])), *opened.shape[1:]))
     made = replace(plan_for(opened, volume.group_url, used, again), growing=ledger.growing())
     return problems, run_planned(made, again, watch or RunWatch(), keys)
+
+
+def add_levels(output: Location, options: Options | None = None, watch: RunWatch | None = None) -> int:
+    """Add levels of lower resolution to an OME-Zarr 0.5 volume; called again, it goes on, and makes good what is torn.
+
+    How many levels it has below the first. Of options device, cluster, keys, workers, prefetch, overwrite and share
+    count. Raises InputError if it is a bare array, or another version; RunError if it broke off.
+    """
+    options, watch = options or Options(), watch or RunWatch()
+    plans = plan_pyramid(open_volume(output))
+    for plan in plans:
+        check_output(plan, options.overwrite)
+    with open_runner(plans, options) as (runner, where):
+        if plans:
+            watch.started(plans[0], where)
+        for plan in plans:
+            _carry_out(plan, options, runner, watch, frozenset())
+    return len(plans)
 
 
 def import_weights(checkpoint: Location, weights: Location) -> NRRN:

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nrrn_pipeline import storage
@@ -16,7 +16,7 @@ from nrrn_pipeline.lease import last_driver, members
 from nrrn_pipeline.ledger import Ledger
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.presence import LEASE_S, has_ended
-from nrrn_pipeline.volume import Volume, get_provenance, object_key, open_volume, stored_units
+from nrrn_pipeline.volume import Volume, get_provenance, object_key, open_levels, stored_units
 
 GROWTH_BROKE_OFF = "its run was interrupted as it began to grow: run the same nrrn denoise again"
 WHOLE = ("complete", "growing")  # states of an output all of whose slabs are done
@@ -26,13 +26,15 @@ WHOLE = ("complete", "growing")  # states of an output all of whose slabs are do
 class Checked:
     """How many slabs are checked, of how many, and what is wrong with the last one, if anything.
 
-    A problem without a `slab` is of the output as a whole, and cannot be mended by denoising a slab again.
+    A problem without a `slab` is of the output as a whole, and cannot be mended by denoising a slab again. `level`: of
+    the output, that the slab is part of.
     """
 
     done: int
     total: int
     problem: str | None = None
     slab: str | None = None
+    level: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,18 @@ class Status:
 
 
 def check(output: str | os.PathLike[str], deep: bool = False) -> Iterator[Checked]:
-    """Check every slab: recorded, and its objects there in the sizes recorded; `deep`: read, and what was written.
+    """Check every slab of every level: recorded, its objects there in the sizes recorded; `deep`: as it was written.
 
-    Raises InputError if there is no output of nrrn denoise there.
+    Raises InputError if there is no output of ours there.
     """
-    volume = open_volume(output)
+    for level, volume in enumerate(open_levels(output)):
+        if level == 0 or Ledger(volume.url).begun():  # else another program made it
+            for checked in _check(volume, deep):
+                problem = f"level {level}: {checked.problem}" if checked.problem and level else checked.problem
+                yield replace(checked, problem=problem, level=level)
+
+
+def _check(volume: Volume, deep: bool) -> Iterator[Checked]:
     ledger = Ledger(volume.url)
     slabs, settings = ledger.slabs(), ledger.settings() or {}
     for problem in _differences(volume, settings, ledger.followed()):
@@ -63,7 +72,7 @@ def check(output: str | os.PathLike[str], deep: bool = False) -> Iterator[Checke
     torn = ledger.torn(recorded, units.items(), stored_units(volume))
     for done, key in enumerate(slabs, start=1):
         if key not in recorded:
-            problems = [f"slab {key} has no record: it was not denoised"]
+            problems = [f"slab {key} has no record: it is not done"]
         elif key in torn:
             problems = [f"slab {key}: {torn[key]}"]
         else:

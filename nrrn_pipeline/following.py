@@ -76,6 +76,7 @@ def _refuse_unfit(options: Options) -> None:
     unfit = {
         "a region (roi)": options.roi is not None,
         "overwriting": options.overwrite,
+        "levels (pyramid)": options.pyramid,
         "a share of the work": options.share is not None,
         "statistics of the volume": options.method.statistics == "volume",
         "a filter, whose strength is measured on the whole volume,": options.method.filter,

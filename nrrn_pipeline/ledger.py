@@ -182,7 +182,7 @@ class Ledger:
         settings = self.settings()
         try:
             if settings is None:
-                raise InputError(f"{self.array_url} was not made by nrrn denoise: it has no ledger")
+                raise InputError(f"{self.array_url} was not made by nrrn: it has no ledger")
             whole = Box.parse(settings["roi"])
             z, y, x = (int(size) for size in settings["slab"])
             if min(z, y, x) < 1 or min(whole.shape) < 1:

@@ -102,14 +102,18 @@ def _triple(values: Sequence[float]) -> Triple:
 
 def image_attributes(name: str, level: Level) -> dict[str, Any]:
     """A group's `ome` attributes (OME-Zarr 0.5) for an image of this one level."""
-    lead = len(level.axes) - 3
     unit = {"unit": "nanometer"} if level.in_nm else {}
     axes = [
         {"name": axis, "type": _TYPES[axis]} if axis in _TYPES else {"name": axis, "type": "space", **unit}
         for axis in level.axes
     ]
+    return {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": [dataset_of(level)]}]}
+
+
+def dataset_of(level: Level) -> dict[str, Any]:
+    """A level as an entry of a multiscale image's `datasets` (OME-Zarr 0.4 and 0.5)."""
+    lead = len(level.axes) - 3
     transformations: list[dict[str, Any]] = [{"type": "scale", "scale": [1.0] * lead + list(level.voxel_size)}]
     if any(level.origin):
         transformations.append({"type": "translation", "translation": [0.0] * lead + list(level.origin)})
-    datasets = [{"path": level.path, "coordinateTransformations": transformations}]
-    return {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": datasets}]}
+    return {"path": level.path, "coordinateTransformations": transformations}

@@ -22,9 +22,9 @@ class Options:
     tiles are stitched. device: "auto", "cpu" or "cuda". cluster: "local", "serial", a Dask scheduler's address, or
     settings of a cluster, also as the name of a TOML file with them; keys: the folder with the certificates for an
     address. workers: processes of a local cluster; None: as many as cores and memory carry. prefetch: each of them
-    reads the next slab, and writes the last, while one computes. overwrite: delete an output that exists. share: this
-    process is one of several that share the work without a Dask cluster, each called alike but for the number of its
-    share.
+    reads the next slab, and writes the last, while one computes. overwrite: delete an output that exists. pyramid: make
+    levels of lower resolution too, for viewers. share: this process is one of several that share the work without a
+    Dask cluster, each called alike but for the number of its share.
     """
 
     level: int = 0
@@ -37,6 +37,7 @@ class Options:
     workers: int | None = None
     prefetch: bool = True
     overwrite: bool = False
+    pyramid: bool = False
     share: Share | None = None
     cluster_settings: ClusterSettings | None = field(init=False)  # of `cluster`; None: serial
 

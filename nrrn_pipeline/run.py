@@ -23,7 +23,7 @@ from nrrn_pipeline.slab import SlabTask, denoise_slab
 from nrrn_pipeline.slabs import CopyPlan, Plan, Slab
 from nrrn_pipeline.statistics import SliceStatistics, merge_boxes
 from nrrn_pipeline.statistics_pass import all_statistics, used_statistics
-from nrrn_pipeline.volume import create_volume, get_provenance, is_zarr, set_provenance, stored_units
+from nrrn_pipeline.volume import create_volume, get_provenance, is_zarr, set_level, set_provenance, stored_units
 from nrrn_pipeline.writing import CopyTask, copy_slab
 
 
@@ -81,7 +81,7 @@ def check_output(plan: Plan, overwrite: bool = False) -> None:
 
     Raises InputError; leaves all as it was.
     """
-    url, ledger = plan.group_url, Ledger(plan.target.url)
+    url, ledger = plan.root_url, Ledger(plan.target.url)
     try:
         if overwrite:
             if storage.exists(url) and not ledger.begun() and not is_zarr(url) and not _is_bare_claim(plan):
@@ -94,7 +94,7 @@ def check_output(plan: Plan, overwrite: bool = False) -> None:
         elif storage.exists(url) and not _is_bare_claim(plan):
             if ledger.begun():  # by another process, just now
                 return check_output(plan, overwrite)
-            raise InputError(f"{url} exists and was not made by nrrn denoise: choose another output, or --overwrite")
+            raise InputError(f"{url} exists and was not made by nrrn: choose another output, or --overwrite")
         storage.check_writable(url)
     except OSError as error:
         raise InputError(f"the output {url} cannot be written: {error.strerror or error}; choose another") from error
@@ -102,12 +102,17 @@ def check_output(plan: Plan, overwrite: bool = False) -> None:
 
 def _is_bare_claim(plan: Plan) -> bool:
     """Whether there is nothing but a ledger's files: a driver was killed before it began, or when all was deleted."""
-    ledger = f"{plan.target.level_path}/nrrn/"
-    if is_zarr(plan.group_url):
+    if is_zarr(plan.root_url):
         return False
-    files = storage.list_tree(plan.group_url, partials=True)
-    ours = [name.startswith(ledger) or ".probe" in name for name in files]  # another may look whether it can write
-    return all(ours) if ours else not storage.listed(plan.group_url)  # a file, else one that looks has just gone
+    files, ledger = storage.list_tree(plan.root_url, partials=True), _ledger_below(plan)
+    # another may look whether it can write
+    ours = [name.startswith(f"{ledger}/") or ".probe" in name for name in files]
+    return all(ours) if ours else not storage.listed(plan.root_url)  # a file, else one that looks has just gone
+
+
+def _ledger_below(plan: Plan) -> str:
+    """The ledger's folder, relative to what is made as a whole."""
+    return Ledger(plan.target.url).url.removeprefix(f"{plan.root_url}/")
 
 
 def _damaged_but_ours(plan: Plan) -> bool:
@@ -121,7 +126,7 @@ def _damaged_but_ours(plan: Plan) -> bool:
 
 def _provenance_fits(plan: Plan) -> bool:
     try:
-        return (get_provenance(plan.group_url) or {}).get("fingerprint") == plan.fingerprint
+        return (get_provenance(plan.root_url) or {}).get("fingerprint") == plan.fingerprint
     except InputError:  # no Zarr, as when it was killed before the group was made, or damaged
         return False
 
@@ -129,7 +134,7 @@ def _provenance_fits(plan: Plan) -> bool:
 def resumable(plan: Plan) -> bool:
     """Whether an output that exists is this plan's, and unfinished."""
     try:
-        state = (get_provenance(plan.group_url) or {}).get("state")
+        state = (get_provenance(plan.root_url) or {}).get("state")
         return state == "unfinished" and (_damaged_but_ours(plan) or not Ledger(plan.target.url).changes(plan))
     except InputError:  # no Zarr, as when it was killed before the group was made, or damaged: nothing to keep
         return False
@@ -140,33 +145,42 @@ def _claim_output(plan: Plan, statistics: SliceStatistics | None, replacing: boo
     ledger = Ledger(plan.target.url)
     if replacing:
         storage.remove_all_but(ledger.url, "drivers")  # first: a record must never outlive its voxels
-        storage.remove_all_but(plan.group_url, f"{plan.target.level_path}/nrrn/drivers")
+        if _is_level(plan):
+            set_level(plan.target, there=False)
+        storage.remove_all_but(plan.root_url, f"{_ledger_below(plan)}/drivers")
     elif ledger.begun() and _damaged_but_ours(plan):
         ledger.mend(plan)
     ledger.begin(plan)
     if statistics is not None and ledger.statistics() != statistics:
         ledger.put_statistics(statistics)
-    storage.remove_partials(plan.group_url)
+    storage.remove_partials(plan.root_url)
 
 
 def create_output(plan: Plan) -> None:
     """Make the group and the array, or let them grow to the plan's slices."""
     create_volume(plan.target, _provenance(plan))
-    provenance = get_provenance(plan.group_url) or {}
-    if provenance.get("fingerprint") != plan.fingerprint:
+    provenance = get_provenance(plan.root_url) or _provenance(plan)
+    if provenance.get("fingerprint") != plan.fingerprint or _is_level(plan):
         now = {"state": "unfinished", "fingerprint": plan.fingerprint, "settings": plan.settings}
-        set_provenance(plan.group_url, provenance | now)
+        set_provenance(plan.root_url, provenance | now)
 
 
 def finish_output(plan: Plan) -> str:
     """Write down that all of the plan's slabs are done, and what they tell; the output's state, growing or complete."""
     if isinstance(plan, CopyPlan) and plan.measures:
         _keep_statistics(plan)
-    provenance = get_provenance(plan.group_url) or {}
+    provenance = get_provenance(plan.root_url) or {}
     state = "growing" if plan.growing else "complete"
     if provenance.get("state") != state:
-        set_provenance(plan.group_url, provenance | {"state": state, "completed": _now()})
+        set_provenance(plan.root_url, provenance | {"state": state, "completed": _now()})
+    if _is_level(plan):
+        set_level(plan.target)
     return state
+
+
+def _is_level(plan: Plan) -> bool:
+    """Whether it adds a level to a group that is there."""
+    return plan.root_url != plan.group_url
 
 
 def _keep_statistics(plan: CopyPlan) -> None:
@@ -181,7 +195,7 @@ def _keep_statistics(plan: CopyPlan) -> None:
 def _forget(plan: Plan, again: frozenset[str]) -> None:
     """Let slabs count as not done."""
     if again:
-        set_provenance(plan.group_url, (get_provenance(plan.group_url) or {}) | {"state": "unfinished"})
+        set_provenance(plan.root_url, (get_provenance(plan.root_url) or {}) | {"state": "unfinished"})
     for key in again:
         Ledger(plan.target.url).forget(key)
 

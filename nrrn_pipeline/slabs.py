@@ -112,6 +112,11 @@ class Plan(ABC):
         return self.target.group_url
 
     @property
+    def root_url(self) -> str:
+        """What is made, or made anew, as a whole, and tells in its attribute `nrrn` how: the group."""
+        return self.group_url
+
+    @property
     @abstractmethod
     def slabs(self) -> Sequence[Slab]:
         """All slabs, in storage order."""

@@ -17,6 +17,7 @@ from nrrn_pipeline.options import Options
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.preparing import make_plan
 from nrrn_pipeline.progress import Progress
+from nrrn_pipeline.pyramid import plan_pyramid
 from nrrn_pipeline.retrying import reason_of
 from nrrn_pipeline.run import check_output
 from nrrn_pipeline.runners import Runner
@@ -103,7 +104,7 @@ def planned_or_ended(job: Job, options: Options) -> DenoisePlan | Result:
     started = perf_counter()
     try:
         plan = make_plan(job.source, job.output, job.weights, job.settings.over(options))
-        if _is_complete(plan):
+        if _is_complete(plan, options.pyramid):
             return Result(job, "done before", len(plan.slabs), perf_counter() - started)
         check_output(plan)
         if options.here:  # the largest volume would have the whole batch refused
@@ -115,13 +116,15 @@ def planned_or_ended(job: Job, options: Options) -> DenoisePlan | Result:
     return plan
 
 
-def _is_complete(plan: DenoisePlan) -> bool:
+def _is_complete(plan: DenoisePlan, pyramid: bool) -> bool:
     """Whether a run with the same settings ended, as the output says: two small reads, and no listing."""
     try:
         made = get_provenance(plan.group_url) or {}
+        levels = [get_provenance(level.root_url) or {} for level in plan_pyramid(plan.target)] if pyramid else []
     except InputError:  # nothing there, or damaged
         return False
-    return made.get("state") == "complete" and made.get("fingerprint") == plan.fingerprint
+    complete = all(each.get("state") == "complete" for each in (made, *levels))
+    return complete and made.get("fingerprint") == plan.fingerprint
 
 
 def _carried_out(job: Job, plan: DenoisePlan, options: Options, runner: Runner, watch: BatchWatch) -> Result:

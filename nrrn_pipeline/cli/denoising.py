@@ -63,7 +63,7 @@ def denoise(
         print_rows(summary.profile.rows())
 
 
-@takes_options(WORDS - {"shard_of"})
+@takes_options(WORDS - {"shard_of", "pyramid"})
 def plan(
     source: Source,
     output: Output,
@@ -114,4 +114,5 @@ def repair(
     else:
         again = counted(summary.done, "slab")
         state = "growing" if summary.plan.growing else "complete"
-        out.print(f"{summary.plan.group_url}: {state}, {again} denoised again")
+        levels = f", {counted(summary.level_slabs, 'slab')} of levels" if summary.level_slabs else ""
+        out.print(f"{summary.plan.group_url}: {state}, {again}{levels} done again")

@@ -19,7 +19,7 @@ from nrrn_pipeline.filters import FILTERS
 from nrrn_pipeline.network import KINDS
 
 
-@takes_options(WORDS - {"shard_of", "method"})
+@takes_options(WORDS - {"shard_of", "method", "pyramid"})
 def evaluate(
     source: Source,
     options: api.Options,

@@ -1,4 +1,4 @@
-"""nrrn ingest: from the microscope's files to a volume."""
+"""nrrn ingest and pyramid: from the microscope's files to a volume, and to one that viewers like."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from nrrn_pipeline.api import run_planned
-from nrrn_pipeline.cli.options import LAYOUT, WHERE, parse_numbers, takes_options
+from nrrn_pipeline import api
+from nrrn_pipeline.cli.options import LAYOUT, WHERE, Output, parse_numbers, takes_options
 from nrrn_pipeline.cli.terminal import Watch, by_text, err, out, progress_bar
 from nrrn_pipeline.cost import bytes_text, counted
 from nrrn_pipeline.errors import GO_ON, InputError, readable
@@ -15,7 +15,7 @@ from nrrn_pipeline.ingesting import Intake, planned
 from nrrn_pipeline.options import Options
 
 
-@takes_options((WHERE - {"device"}) | LAYOUT | {"overwrite", "shard_of", "level"})
+@takes_options((WHERE - {"device"}) | LAYOUT | {"overwrite", "pyramid", "shard_of", "level"})
 def ingest(
     paths: Annotated[
         list[str],
@@ -51,7 +51,7 @@ def ingest(
     if not made.target.in_nm:
         err.print("note: the files do not say how large voxels are: give --voxel-nm Z,Y,X if you know")
     with progress_bar(GO_ON) as bar:
-        summary = run_planned(made, options, Watch(bar))
+        summary = api.run_planned(made, options, Watch(bar))
     target = made.target
     size_text = f", voxels of {by_text(target.voxel_size)} nm" if target.in_nm else ""
     done = counted(summary.slabs, "slab") + (f", {summary.resumed} of them done before" if summary.resumed else "")
@@ -60,3 +60,15 @@ def ingest(
         speed = summary.voxels * target.itemsize / summary.seconds
         peak = bytes_text(summary.peak_memory_bytes)
         out.print(f"{summary.seconds:.1f} s, {bytes_text(speed)}/s, peak memory of a worker {peak}")
+
+
+@takes_options((WHERE - {"device"}) | {"overwrite", "shard_of"})
+def pyramid(output: Output, options: Options) -> None:
+    """Add levels of lower resolution to DST, for viewers: means of 2 x 2 x 2 voxels, until all of it is one chunk.
+
+    Axes with longer voxels are left until the others are as long. Run again, it goes on where it was, and makes good
+    what is torn. Example: nrrn pyramid clean.zarr
+    """
+    with progress_bar(GO_ON) as bar:
+        levels = api.add_levels(output, options, Watch(bar))
+    out.print(f"{output}: {counted(levels, 'level')} below the full size")

@@ -16,6 +16,7 @@ COMMANDS = {  # name: module of this package, what to call there, a line of help
     "train": ("training", "train", "Train on the noisy volume itself: no clean data is needed."),
     "plan": ("denoising", "plan", "What a run would do, and what it would take."),
     "denoise": ("denoising", "denoise", "Denoise a volume; run again, it goes on where it was."),
+    "pyramid": ("ingest", "pyramid", "Add levels of lower resolution, for viewers."),
     "status": ("volumes", "status", "How far a run is, wherever it is driven from."),
     "verify": ("volumes", "verify", "Whether an output is whole."),
     "repair": ("denoising", "repair", "Denoise again what of an output is damaged."),

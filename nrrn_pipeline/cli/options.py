@@ -65,6 +65,7 @@ Overwrite = Annotated[
         "--overwrite", help="Delete what is at DST first; an unfinished run with the same settings is resumed."
     ),
 ]
+Pyramid = Annotated[bool, typer.Option("--pyramid", help="Levels of lower resolution too, for viewers.")]
 ShardOf = Annotated[
     str | None,
     typer.Option(
@@ -156,6 +157,7 @@ def parse_options(  # one parameter an option: that is how a command line is dec
     device: Device = "auto",
     precision: Precision = "auto",
     overwrite: Overwrite = False,
+    pyramid: Pyramid = False,
     shard_of: ShardOf = None,
     storage_options: StorageOptions = None,  # noqa: ARG001  (in force once it is parsed)
 ) -> Options:
@@ -172,6 +174,7 @@ def parse_options(  # one parameter an option: that is how a command line is dec
         workers=workers,
         prefetch=prefetch,
         overwrite=overwrite,
+        pyramid=pyramid,
         share=None if shard_of is None else Share.parse(shard_of),
     )
 

@@ -5,7 +5,9 @@ from nrrn_pipeline.volume.opening import (
     create_volume,
     get_provenance,
     is_zarr,
+    open_levels,
     open_volume,
+    set_level,
     set_provenance,
 )
 from nrrn_pipeline.volume.voxels import object_key, read_box, stored_units, write_box, written_slices
@@ -18,9 +20,11 @@ __all__ = [
     "get_provenance",
     "is_zarr",
     "object_key",
+    "open_levels",
     "open_volume",
     "read_box",
     "refuse_unwritable",
+    "set_level",
     "set_provenance",
     "stored_units",
     "write_box",

@@ -47,6 +47,13 @@ def open_volume(url: str | os.PathLike[str], level: int = 0, dtypes: tuple[str, 
     return describe(array, inner, chosen, dtypes)
 
 
+def open_levels(url: str | os.PathLike[str]) -> list[Volume]:
+    """All levels of an OME-Zarr image, finest first; or a bare array alone. Raises what open_volume raises."""
+    node = _open_node(absolute(url))
+    count = 1 if _is_array(node) else max(1, len(ome.read_levels(node["attributes"])))
+    return [open_volume(url, level) for level in range(count)]
+
+
 def create_volume(volume: Volume, provenance: dict[str, Any]) -> None:
     """Create the OME-Zarr 0.5 group and the array that `volume` describes; no voxels yet.
 
@@ -61,10 +68,11 @@ def create_volume(volume: Volume, provenance: dict[str, Any]) -> None:
     wanted = new_metadata(volume)
     if not storage.write_new_file(f"{volume.url}/zarr.json", wanted.encode()):
         found, z = _read_json(f"{volume.url}/zarr.json"), volume.lead_axes
-        if found != json.loads(wanted):
-            if _with_slices(found, z, volume.shape[0]) != json.loads(wanted):
+        attributes = {"attributes": (found or {}).get("attributes", {})}  # a level's tell how it was made
+        if found != json.loads(wanted) | attributes:
+            if _with_slices(found, z, volume.shape[0]) != json.loads(wanted) | attributes:
                 raise InputError(f"{volume.url}/zarr.json was changed since it was begun: start again with --overwrite")
-            storage.write_file(f"{volume.url}/zarr.json", wanted.encode())
+            storage.write_file(f"{volume.url}/zarr.json", json.dumps(json.loads(wanted) | attributes).encode())
 
 
 def _with_slices(array: Node | None, z: int, slices: int) -> Node | None:
@@ -76,8 +84,30 @@ def _with_slices(array: Node | None, z: int, slices: int) -> Node | None:
     return array | {"shape": shape}
 
 
+def set_level(volume: Volume, there: bool = True) -> None:
+    """Let the group's metadata name the volume as one of its levels, or no more.
+
+    Raises InputError if there is no group of OME-Zarr 0.5.
+    """
+    group = _group(volume.group_url)
+    try:
+        if group is None:
+            raise LookupError("no zarr.json")
+        image = group["attributes"]["ome"]["multiscales"][0]
+        others = [dataset for dataset in image["datasets"] if dataset["path"] != volume.level_path]
+    except (LookupError, TypeError) as error:
+        raise InputError(f"{volume.group_url} is no OME-Zarr 0.5 image to add a level to ({error})") from error
+    level = ome.Level(volume.level_path, volume.axes, volume.voxel_size, volume.origin, volume.in_nm)
+    image["datasets"] = sorted([*others, *([ome.dataset_of(level)] if there else [])], key=_finest_first)
+    _write_group(volume.group_url, group)
+
+
+def _finest_first(dataset: dict[str, Any]) -> tuple[float, ...]:
+    return tuple(dataset["coordinateTransformations"][0]["scale"])
+
+
 def set_provenance(group_url: str, provenance: dict[str, Any]) -> None:
-    """Store under the group's attribute `nrrn` how its voxels came to be."""
+    """Store under the attribute `nrrn` of a group, or an array, how its voxels came to be."""
     group = _group(group_url)
     if group is None:
         raise InputError(f"{group_url} was deleted or moved under the run")

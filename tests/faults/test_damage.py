@@ -115,7 +115,7 @@ def test_a_slab_that_memory_never_suffices_for_is_set_aside_and_mended_later(pla
     assert faults.tries == {s.key: ATTEMPTS if s.key == key else 1 for s in plan.slabs}
     assert Ledger(plan.target.url).failed() == {key}
     assert api.status(plan.group_url).failed == {key: "MemoryError: Unable to allocate 9 GiB"}
-    assert verify(plan.group_url) == [f"slab {key} has no record: it was not denoised"]
+    assert verify(plan.group_url) == [f"slab {key} has no record: it is not done"]
     faults.of.clear()
     assert run(plan) == (1, [])
     assert not Ledger(plan.target.url).failed()
@@ -176,7 +176,7 @@ def test_clocks_that_jump_change_nothing(
     plan: DenoisePlan, whole: dict[str, bytes], tmp_path: Path, hours: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, wrong = time.time, [0]
-    for name in ("time.time", "nrrn_pipeline.slab.time"):
+    for name in ("time.time", "nrrn_pipeline.writing.time"):
         monkeypatch.setattr(name, lambda: real() + 3600 * wrong[0])
     jumping = plan_denoise(plan.source, str(tmp_path / "jumping.zarr"), plan.denoiser, LAYOUT)
     wrong[0] = hours[0]
@@ -210,7 +210,7 @@ def test_a_record_cut_short_is_named_by_verify_and_by_the_run_that_mends_it(
     key = plan.slabs[5].key
     cut(ledger_file(plan, f"slabs/{key}.*"))
     assert verify(plan.group_url) == [f"slab {key}: its record is cut short"]
-    assert run(plan) == (1, [f"slab {key}: its record is cut short; it is denoised again"])
+    assert run(plan) == (1, [f"slab {key}: its record is cut short; it is done again"])
     assert chunks(plan) == whole
     assert verify(plan.group_url, deep=True) == []
 
@@ -299,7 +299,7 @@ def test_a_shard_of_another_size_is_found_by_listing_and_mended_by_the_same_comm
     assert problem.startswith(f"slab {key}: ")
     done, (note,) = run(plan)
     assert done == 1
-    assert note == f"{problem}; it is denoised again"
+    assert note == f"{problem}; it is done again"
     assert chunks(plan) == whole
     after = record_texts(plan)
     assert {k for k in after if after[k] != before[k]} == {key}

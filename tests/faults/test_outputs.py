@@ -193,7 +193,7 @@ def test_a_folder_with_anything_else_is_not_taken_for_a_drivers(plan: DenoisePla
         file = Path(plan.group_url) / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"{")
-    with pytest.raises(InputError, match="exists and was not made by nrrn denoise"):
+    with pytest.raises(InputError, match="exists and was not made by nrrn"):
         slabs_done_by(plan)
 
 

@@ -142,9 +142,7 @@ def test_what_cannot_be_planned_stops_nothing_else(lab: Path, whole: Path) -> No
     told = Told()
     results = run_batch(jobs_in(lab), SERIAL, told)
     assert states(results) == ["failed"] * 3 + ["done"]
-    for result, said in zip(
-        results, ("there is nothing there", "float64", "was not made by nrrn denoise"), strict=False
-    ):
+    for result, said in zip(results, ("there is nothing there", "float64", "was not made by nrrn"), strict=False):
         assert said in result.reason
         assert (result.slabs, exit_status([result])) == (0, 1)
     assert told.taken_up == [name_of(3)]

@@ -316,7 +316,7 @@ def test_a_deleted_record_is_named(denoise: Denoise, nrrn: Nrrn, options: tuple[
     record.unlink()
     said = nrrn("verify", denoise.folder / "out.zarr")
     assert said.status == 1
-    assert said.out == f"slab {key} has no record: it was not denoised\n"
+    assert said.out == f"slab {key} has no record: it is not done\n"
 
 
 def test_every_damage_is_listed_and_nothing_is_changed_by_looking(denoise: Denoise, nrrn: Nrrn) -> None:

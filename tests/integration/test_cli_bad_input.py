@@ -237,7 +237,7 @@ def test_an_output_inside_the_inputs_image_is_refused(lab: Lab, inside: str, ove
 
 @pytest.mark.parametrize("kind", ["folder", "file", "array"])
 def test_an_output_that_is_something_else_is_kept(lab: Lab, kind: str) -> None:
-    assert "exists and was not made by nrrn denoise" in lab.refusal(output=_something(lab.folder, kind))
+    assert "exists and was not made by nrrn" in lab.refusal(output=_something(lab.folder, kind))
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -391,7 +391,7 @@ def test_what_cannot_be_described_is_named(lab: Lab, command: str) -> None:
 def test_a_volume_that_is_no_output_cannot_be_verified(lab: Lab) -> None:
     status, err = lab.call("verify", lab.source)
     assert status == 2
-    assert "was not made by nrrn denoise" in err.splitlines()[-1]
+    assert "was not made by nrrn" in err.splitlines()[-1]
 
 
 def test_a_checkpoint_that_could_run_code_is_refused(lab: Lab) -> None:

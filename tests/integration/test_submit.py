@@ -170,7 +170,7 @@ def test_what_denoise_would_refuse_is_refused_before_anything_is_queued(
         ({"weights": "raw.zarr"}, "raw.zarr"),
         ({"output": "raw.zarr"}, "lies on top of the input"),
         ({"output": "."}, "lies on top of"),
-        ({"output": "w.safetensors"}, "was not made by nrrn denoise"),
+        ({"output": "w.safetensors"}, "was not made by nrrn"),
         ({"output": "s3://key:secret@lab/out.zarr"}, "holds a password"),
     ],
 )

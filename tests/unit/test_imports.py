@@ -67,6 +67,7 @@ def test_the_public_names_are_these() -> None:
         "TrainWatch",
         "TrainingVolume",
         "Yardstick",
+        "add_levels",
         "add_noise",
         "candidates",
         "compare",

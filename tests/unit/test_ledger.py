@@ -115,7 +115,7 @@ def test_the_slabs_are_those_of_the_plan(ledger: Ledger) -> None:
 
 
 def test_without_a_ledger_there_are_no_slabs(ledger: Ledger) -> None:
-    with pytest.raises(InputError, match="was not made by nrrn denoise: it has no ledger"):
+    with pytest.raises(InputError, match="was not made by nrrn: it has no ledger"):
         ledger.slabs()
 
 
