@@ -42,12 +42,13 @@ from nrrn_pipeline.planning import DenoisePlan, Method, plan_denoise
 from nrrn_pipeline.preparing import Location, make_plan, plan_for, shape_of
 from nrrn_pipeline.profiling import Profile
 from nrrn_pipeline.progress import Progress
-from nrrn_pipeline.pyramid import PyramidPlan, plan_pyramid, touched
+from nrrn_pipeline.pyramid import plan_pyramid
 from nrrn_pipeline.run import check_output, run_plan
 from nrrn_pipeline.runners import DaskRunner, Runner, ThreadRunner, run_serially
 from nrrn_pipeline.sharing import run_share
 from nrrn_pipeline.slab import load_network
 from nrrn_pipeline.slabs import Layout, Plan
+from nrrn_pipeline.statistics_pass import known_statistics
 from nrrn_pipeline.volume import get_provenance, open_volume
 
 __all__ = [
@@ -126,7 +127,8 @@ def plan(
     check_output(made, options.overwrite)
     workers = _workers([made], options)
     network = _in_slot(made, options.device if options.here else "auto")
-    return Forecast(made, cost_of(made, options.slabs_each), workers, seconds_to_run(made, network, workers))
+    cost = cost_of(made, options.slabs_each, measured=known_statistics(made) is not None)
+    return Forecast(made, cost, workers, seconds_to_run(made, network, workers))
 
 
 def denoise(
@@ -168,33 +170,17 @@ def carry_out(
     Levels of lower resolution are made too if `options.pyramid`, and made good if there are any. Raises what denoise
     raises.
     """
-    summary, done = _carry_out(made, options, runner, watch, again)
+    summary = _carry_out(made, options, runner, watch, again)
     if made.growing or not (options.pyramid or Ledger(f"{made.group_url}/1").begun()):
         return summary
-    boxes = [made.target_box(slab) for slab in made.slabs if slab.key in done]
-    return replace(summary, level_slabs=make_levels(plan_pyramid(made.target), options, runner, watch, boxes))
-
-
-def make_levels(
-    plans: Sequence[PyramidPlan], options: Options, runner: Runner, watch: RunWatch, changed: Sequence[Box] = ()
-) -> int:
-    """Make levels, one out of the other; what covers `changed` boxes of the first one's source is made again.
-
-    How many slabs were done. Raises what denoise raises.
-    """
-    count = 0
-    for plan in plans:
-        again = touched(plan, changed) if changed and Ledger(plan.target.url).begun() else []
-        _, done = _carry_out(plan, replace(options, overwrite=False), runner, watch, frozenset(s.key for s in again))
-        changed, count = [slab.keep for slab in plan.slabs if slab.key in done], count + len(done)
-    return count
+    kept = replace(options, overwrite=False)
+    levels = [_carry_out(level, kept, runner, watch) for level in plan_pyramid(made.target)]
+    return replace(summary, level_slabs=sum(level.done for level in levels))
 
 
 def _carry_out(
-    made: Plan, options: Options, runner: Runner, watch: RunWatch, again: frozenset[str]
-) -> tuple[Summary, set[str]]:
-    """The summary, and the keys of the slabs that were done."""
-    keys = set[str]()
+    made: Plan, options: Options, runner: Runner, watch: RunWatch, again: frozenset[str] = frozenset()
+) -> Summary:
     started, resumed, done, voxels, peak, profile = perf_counter(), None, 0, 0, 0, Profile(made.stage)
     if options.share is None:
         run = run_plan(made, runner, options.device, options.overwrite, again)
@@ -207,10 +193,8 @@ def _carry_out(
             voxels = progress.voxels
             resumed = progress.done if resumed is None else resumed
             if progress.record is not None:
-                keys.add(progress.record.key)
                 done, peak = done + 1, max(peak, progress.record.peak_memory_bytes)
-    seconds = perf_counter() - started
-    return Summary(made, len(made.slabs), resumed or 0, done, voxels, seconds, peak, profile), keys
+    return Summary(made, len(made.slabs), resumed or 0, done, voxels, perf_counter() - started, peak, profile)
 
 
 def add_noise(
@@ -298,7 +282,7 @@ def add_levels(output: Location, options: Options | None = None, watch: RunWatch
         if plans:
             watch.started(plans[0], where)
         for plan in plans:
-            _carry_out(plan, options, runner, watch, frozenset())
+            _carry_out(plan, options, runner, watch)
     return len(plans)
 
 

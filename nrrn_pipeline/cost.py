@@ -45,20 +45,27 @@ class Cost:
         return self.slabs + self.statistics_tasks
 
 
-def cost_of(plan: DenoisePlan, at_once: int = 1) -> Cost:
-    """What the plan will take with `at_once` slabs in flight in each worker; reads no voxels."""
+def cost_of(plan: DenoisePlan, at_once: int = 1, measured: bool = False) -> Cost:
+    """What the plan will take with `at_once` slabs in flight in each worker; reads no voxels.
+
+    measured: the slices' mean and std are known.
+    """
     slabs, item = plan.slabs, plan.source.itemsize
     read = slabs.total(lambda cut, _: len(cut.read))
     fetched = slabs.total(lambda cut, axis: _touched(plan.source, cut.read, axis))
     whole, step = statistics_grid(plan.source, plan.statistics_z)
-    measured = Box(plan.statistics_z, whole.y, whole.x)  # each chunk of it once, as boxes are made of whole ones
+    tasks = prod(-(-len(span) // size) for span, size in zip(whole.spans, step, strict=True))
+    pass_voxels, pass_fetched = 0, 0
+    if not measured:  # each chunk once, as boxes are made of whole ones
+        box = Box(plan.statistics_z, whole.y, whole.x)
+        pass_voxels, pass_fetched = box.size, fetched_voxels(plan.source, box)
     network = plan.denoiser.architecture if isinstance(plan.denoiser, Weights) else None
     flop = network.flop_per_voxel(plan.method.images) if network else 0
     return Cost(
         slabs=len(slabs),
-        statistics_tasks=prod(-(-len(span) // size) for span, size in zip(whole.spans, step, strict=True)),
-        read_bytes=(read + measured.size) * item,
-        fetched_bytes=(fetched + fetched_voxels(plan.source, measured)) * item,
+        statistics_tasks=0 if measured else tasks,
+        read_bytes=(read + pass_voxels) * item,
+        fetched_bytes=(fetched + pass_fetched) * item,
         written_bytes=plan.box.size * item,
         flop=flop * plan.box.size * _tile_overhead(plan),
         worker_bytes=worker_bytes(plan, at_once),

@@ -9,9 +9,10 @@ whole volume is one chunk. A mean over whole voxels does not depend on how the v
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import product
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Cut, Shape, Span, box_of, spans_of
 from nrrn_pipeline.slabs import CopyPlan, Slab, Slabs, fitted
-from nrrn_pipeline.volume import Volume, read_box
+from nrrn_pipeline.volume import Volume, open_volume, read_box
 
 ALGORITHM = 1  # raised whenever the same settings would give other voxels than before
 ALIKE = 2**0.5  # an axis is halved with the finest if its voxels are less than so many times as long
@@ -93,13 +94,26 @@ class PyramidPlan(CopyPlan):
         return Box(*(Span(span.start * factor, min(span.stop * factor, length)) for span, factor, length in spans))
 
 
-def touched(plan: PyramidPlan, boxes: Sequence[Box]) -> list[Slab]:
-    """The slabs of a level that cover voxels of these boxes of the level before."""
-    return [slab for slab in plan.slabs if any(_overlap(plan.covered(slab.keep), box) for box in boxes)]
+def covering(plan: PyramidPlan, boxes: Iterable[Box]) -> set[Box]:
+    """What the slabs of a level write that cover voxels of these boxes of the level before."""
+    found = set[Box]()
+    for box in boxes:
+        rows = []
+        for span, factor, size, whole in zip(
+            box.spans, plan.factors, plan.target.write_unit, plan.target.box.spans, strict=True
+        ):
+            first, last = span.start // factor // size, (span.stop - 1) // factor // size
+            rows.append([Span(at * size, min((at + 1) * size, whole.stop)) for at in range(first, last + 1)])
+        found |= {Box(*spans) for spans in product(*rows)}
+    return found
 
 
-def _overlap(one: Box, other: Box) -> bool:
-    return all(a.start < b.stop and b.start < a.stop for a, b in zip(one.spans, other.spans, strict=True))
+def plans_above(level: Volume) -> list[PyramidPlan]:
+    """The plans of the levels that are made of a level of a group, one out of the other."""
+    if not level.level_path.isdecimal():
+        return []
+    number = int(level.level_path)
+    return plan_pyramid(open_volume(level.group_url) if number else level)[number:]
 
 
 def plan_pyramid(base: Volume) -> list[PyramidPlan]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -17,10 +17,11 @@ from nrrn_pipeline.lease import Lease, wait_for_end
 from nrrn_pipeline.ledger import Ledger, Record, box_key
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.progress import Progress, Tally, waiting
+from nrrn_pipeline.pyramid import covering, plans_above
 from nrrn_pipeline.retrying import reason_of
 from nrrn_pipeline.runners import Runner, raise_permanent
 from nrrn_pipeline.slab import SlabTask, denoise_slab
-from nrrn_pipeline.slabs import CopyPlan, Plan, Slab
+from nrrn_pipeline.slabs import CopyPlan, Plan, Slab, slab_key
 from nrrn_pipeline.statistics import SliceStatistics, merge_boxes
 from nrrn_pipeline.statistics_pass import all_statistics, used_statistics
 from nrrn_pipeline.volume import create_volume, get_provenance, is_zarr, set_level, set_provenance, stored_units
@@ -221,6 +222,7 @@ def _slabs(
     """Make every slab that is not recorded, or not stored as its record says."""
     slabs, ledger = plan.slabs, Ledger(plan.target.url)
     recorded = yield from forget_torn(plan)
+    forget_above(plan, recorded)
     failed_before = ledger.failed()
     for key in failed_before & recorded:  # its driver was killed before it could
         ledger.clear_failure(key)
@@ -251,6 +253,34 @@ def forget_torn(plan: Plan) -> Generator[Progress, None, set[str]]:
         del recorded[key]
         yield Progress(plan.stage, 0, len(plan.slabs), note=f"slab {key}: {wrong}; it is done again")
     return set(recorded)
+
+
+def forget_above(plan: Plan, recorded: set[str]) -> None:
+    """What levels of lower resolution were made of slabs that are not recorded is to be made again, after them.
+
+    Before these are done: a run that is killed in between leaves no level that seems whole and is not. Levels of a
+    volume that has grown since are deleted.
+    """
+    changed: Iterable[Box] = (plan.target_box(slab) for slab in plan.slabs if slab.key not in recorded)
+    grown = False
+    for level in plans_above(plan.target) if Ledger(_next_level(plan)).begun() else []:
+        ledger = Ledger(level.target.url)
+        if not ledger.begun():
+            return
+        if grown := grown or bool(ledger.changes(level)):
+            set_level(level.target, there=False)
+            storage.remove_all_but(ledger.url, "drivers")
+            storage.remove_tree(level.target.url)
+        elif changed := covering(level, changed):
+            if is_zarr(level.root_url):  # it may have been killed before it made the array
+                set_provenance(level.root_url, (get_provenance(level.root_url) or {}) | {"state": "unfinished"})
+            for box in changed:
+                ledger.forget(slab_key(box))
+
+
+def _next_level(plan: Plan) -> str:
+    number = plan.target.level_path
+    return f"{plan.group_url}/{int(number) + 1 if number.isdecimal() else 'none'}"
 
 
 def refuse_incomplete(plan: Plan) -> None:

@@ -16,7 +16,16 @@ from nrrn_pipeline.members import Member, Share
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.progress import Progress, Tally, waiting
 from nrrn_pipeline.retrying import reason_of
-from nrrn_pipeline.run import Task, check_output, create_output, finish_output, forget_torn, refuse_incomplete, work_of
+from nrrn_pipeline.run import (
+    Task,
+    check_output,
+    create_output,
+    finish_output,
+    forget_above,
+    forget_torn,
+    refuse_incomplete,
+    work_of,
+)
 from nrrn_pipeline.runners import Runner, raise_permanent
 from nrrn_pipeline.slabs import Plan, Slab
 from nrrn_pipeline.statistics import SliceStatistics, measure_box, merge_boxes, statistics_boxes
@@ -115,6 +124,7 @@ def _slabs(
     ledger = Ledger(plan.target.url)
     slabs = {slab.key: slab for slab in plan.slabs}
     done = yield from forget_torn(plan)
+    forget_above(plan, done)
     failed_before = {key: ledger.failure(key) for key in ledger.failed()}
     tally = Tally(plan.stage, len(slabs), len(done))
     yield tally.progress()

@@ -108,6 +108,14 @@ def test_a_part_of_an_ingested_volume_is_not_measured_either(tmp_path: Path, nrr
     assert "done before" in said.out
 
 
+def test_a_plan_counts_no_pass_of_statistics_that_are_known(tmp_path: Path, nrrn: Nrrn) -> None:
+    ingest(folder_of(tmp_path / "slices"), tmp_path / "raw.zarr", options=SERIAL)
+    bare_zarr(tmp_path / "bare.zarr", VOXELS)
+    said = {name: nrrn("plan", tmp_path / f"{name}.zarr", tmp_path / "o.zarr").out for name in ("raw", "bare")}
+    assert "1: 0 for statistics, 1 to denoise" in said["raw"]
+    assert "0 for statistics" not in said["bare"]
+
+
 def test_statistics_of_a_volume_that_has_changed_since_are_measured_again(tmp_path: Path) -> None:
     ingest(folder_of(tmp_path / "slices"), tmp_path / "raw.zarr", options=SERIAL)
     array = zarr.open_array(tmp_path / "raw.zarr" / "0", mode="r+")

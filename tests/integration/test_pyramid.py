@@ -17,7 +17,20 @@ from ome_zarr.io import parse_url
 from ome_zarr.reader import Reader
 from ome_zarr_models.v05 import Image as Image05
 
-from nrrn_pipeline import InputError, Intake, Layout, Method, Options, add_levels, denoise, ingest, repair, verify
+from nrrn_pipeline import (
+    Following,
+    InputError,
+    Intake,
+    Layout,
+    Method,
+    Options,
+    add_levels,
+    denoise,
+    follow,
+    ingest,
+    repair,
+    verify,
+)
 from nrrn_pipeline.errors import RunError
 from nrrn_pipeline.geometry import Box, Span
 from nrrn_pipeline.ledger import Ledger
@@ -25,7 +38,7 @@ from nrrn_pipeline.pyramid import PyramidPlan, plan_pyramid
 from nrrn_pipeline.volume import Volume, open_levels, open_volume
 from tests.commands import Nrrn
 from tests.servers import ObjectStore
-from tests.support import bare_zarr, image_like
+from tests.support import bare_zarr, image_like, tiny_weights
 
 SMALL = Options(layout=Layout(chunk=(4, 8, 8), shard=(8, 16, 16)), cluster="serial")
 VOXELS = image_like((21, 50, 71))
@@ -190,6 +203,50 @@ def test_a_slab_that_is_done_again_is_done_again_in_the_levels_above(tmp_path: P
     assert level(path, 1)[0, 0, 0] == 7
     assert np.array_equal(level(path, 1), means(level(path, 0), (2, 2, 2)))
     assert np.array_equal(level(path, 2), means(level(path, 1), (2, 2, 2)))
+
+
+def test_levels_of_a_slab_that_was_done_again_count_as_not_done_though_the_run_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = volume_of(tmp_path), PyramidPlan.voxels
+    add_levels(path, SMALL)
+    (path / "0" / "c" / "0" / "0" / "0").unlink()
+    changed = VOXELS.copy()
+    changed[:8, :16, :16] = 7
+    np.save(tmp_path / "a.npy", changed)
+
+    def killed(plan: PyramidPlan, slab: Any) -> NDArray[Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PyramidPlan, "voxels", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ingest(tmp_path / "a.npy", path, Intake(voxel_nm=(5, 5, 5)), SMALL)
+    assert level(path, 0)[0, 0, 0] == 7
+    assert level(path, 1)[0, 0, 0] != 7
+    assert {problem.split(":")[0] for problem in verify(path)} == {f"level {number}" for number in (1, 2, 3, 4)}
+    monkeypatch.setattr(PyramidPlan, "voxels", real)
+    ingest(tmp_path / "a.npy", path, Intake(voxel_nm=(5, 5, 5)), SMALL)
+    assert all(np.array_equal(level(path, n), means(level(path, n - 1), (2, 2, 2))) for n in (1, 2))
+    assert verify(path, deep=True) == []
+
+
+def test_levels_of_a_volume_that_grows_on_are_deleted(tmp_path: Path) -> None:
+    source = bare_zarr(tmp_path / "raw.zarr", VOXELS[:17], (4, 16, 16))
+    options, output = Options(layout=SMALL.layout, cluster="serial"), tmp_path / "out.zarr"
+    weights = tiny_weights(tmp_path / "w.safetensors")
+    looks = Following(every_s=0, settle_s=0)
+    follow(source, output, weights, options, looks)
+    assert open_volume(output).shape == (8, 50, 71)
+    add_levels(output, SMALL)
+    array = zarr.open_array(source, mode="r+")
+    array.resize(VOXELS.shape)
+    array[17:] = VOXELS[17:]
+    follow(source, output, weights, options, looks)
+    assert open_volume(output).shape == (16, 50, 71)
+    assert len(open_levels(output)) == 1
+    assert not (output / "1").exists()
+    denoise(source, output, weights, Options(layout=SMALL.layout, cluster="serial", pyramid=True))
+    assert np.array_equal(level(output, 1), means(level(output, 0), (2, 2, 2)))
 
 
 def test_processes_share_levels(tmp_path: Path, nrrn: Nrrn) -> None:
