@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nrrn_pipeline.batch import read_manifest, run_batch
     from nrrn_pipeline.comparing import Yardstick, candidates, compare, write_results
     from nrrn_pipeline.errors import InputError, NrrnError, RunError, SlabsFailedError, StorageError
+    from nrrn_pipeline.exporting import export
     from nrrn_pipeline.following import Following, follow
     from nrrn_pipeline.geometry import Box
     from nrrn_pipeline.ingesting import Intake, ingest
@@ -51,6 +52,7 @@ __all__ = [
     "candidates",
     "compare",
     "denoise",
+    "export",
     "follow",
     "import_weights",
     "ingest",
@@ -73,6 +75,7 @@ _HOMES = {
     "comparing": ("Yardstick", "candidates", "compare", "write_results"),
     "errors": ("InputError", "NrrnError", "RunError", "SlabsFailedError", "StorageError"),
     "following": ("Following", "follow"),
+    "exporting": ("export",),
     "geometry": ("Box",),
     "ingesting": ("Intake", "ingest"),
     "noise": ("Noise",),

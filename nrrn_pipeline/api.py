@@ -21,7 +21,7 @@ from nrrn_pipeline.cost import (
     worker_bytes,
 )
 from nrrn_pipeline.denoisers import Weights
-from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.geometry import Box
 from nrrn_pipeline.lease import wait_for_end
 from nrrn_pipeline.ledger import Ledger
@@ -42,14 +42,14 @@ from nrrn_pipeline.planning import DenoisePlan, Method, plan_denoise
 from nrrn_pipeline.preparing import Location, make_plan, plan_for, shape_of
 from nrrn_pipeline.profiling import Profile
 from nrrn_pipeline.progress import Progress
-from nrrn_pipeline.pyramid import plan_pyramid
+from nrrn_pipeline.pyramid import plan_pyramid, refuse_foreign
 from nrrn_pipeline.run import check_output, run_plan
 from nrrn_pipeline.runners import DaskRunner, Runner, ThreadRunner, run_serially
 from nrrn_pipeline.sharing import run_share
 from nrrn_pipeline.slab import load_network
 from nrrn_pipeline.slabs import Layout, Plan
 from nrrn_pipeline.statistics_pass import known_statistics
-from nrrn_pipeline.volume import get_provenance, open_volume
+from nrrn_pipeline.volume import Volume, get_provenance, open_volume
 
 __all__ = [
     "Forecast",
@@ -157,9 +157,14 @@ def run_planned(made: Plan, options: Options, watch: RunWatch, again: frozenset[
     Raises what denoise raises.
     """
     check_output(made, options.overwrite)  # before workers start
-    with open_runner([made], options) as (runner, where):
+    with open_runner(with_levels(made, options), options) as (runner, where):
         watch.started(made, where)
         return carry_out(made, options, runner, watch, again)
+
+
+def with_levels(made: Plan, options: Options) -> list[Plan]:
+    """A plan, and those of the levels that are made too."""
+    return [made, *(plan_pyramid(made.target) if options.pyramid else [])]
 
 
 def carry_out(
@@ -237,10 +242,19 @@ def repair(
     problems = [checked.problem or "" for checked in found]
     if not found:
         return [], None
-    if beyond := [checked.problem for checked in found if checked.slab is None]:
+    if beyond := [checked.problem for checked in found if checked.slab is None and checked.level == 0]:
         advice = "" if GROWTH_BROKE_OFF in str(beyond[0]) else "; start again with nrrn denoise --overwrite"
         raise InputError(f"{output} cannot be repaired: {beyond[0]}{advice}")
+    for checked in found:
+        if checked.slab and checked.level > 0:
+            Ledger(f"{volume.group_url}/{checked.level}").forget(checked.slab)
+    if all(checked.level > 0 for checked in found):
+        levels = _add_levels(volume, replace(options or Options(), overwrite=False), watch or RunWatch())
+        return problems, replace(levels[0], done=0, level_slabs=sum(level.done for level in levels))
     settings, provenance = ledger.settings() or {}, get_provenance(volume.group_url) or {}
+    if "ingested" in settings:
+        ledger.forget_all({checked.slab for checked in found if checked.slab and checked.level == 0})
+        raise RunError(f"{problems[0]}: what is damaged counts as not done now; run the same nrrn ingest again")
     if "noise" in settings:
         raise InputError(f"{output} cannot be repaired: it is synthetic noise; make it again with --overwrite")
     try:
@@ -256,9 +270,6 @@ def repair(
         raise InputError(f"{output} cannot be repaired: its settings are damaged ({error})") from error
     again = replace(options or Options(), level=level, roi=roi, layout=layout, method=method, overwrite=False)
     keys = frozenset(checked.slab for checked in found if checked.slab and checked.level == 0)
-    for checked in found:
-        if checked.slab and checked.level > 0:
-            Ledger(open_volume(output, checked.level).url).forget(checked.slab)
     if again.here:
         choose_device(again.device)
     opened = open_volume(source, level)
@@ -271,19 +282,25 @@ def repair(
 def add_levels(output: Location, options: Options | None = None, watch: RunWatch | None = None) -> int:
     """Add levels of lower resolution to an OME-Zarr 0.5 volume; called again, it goes on, and makes good what is torn.
 
-    How many levels it has below the first. Of options device, cluster, keys, workers, prefetch, overwrite and share
-    count. Raises InputError if it is a bare array, or another version; RunError if it broke off.
+    How many levels it has below the first. Of options cluster, keys, workers, prefetch, overwrite (of levels) and share
+    count. Raises InputError if it was not made by nrrn, or is not complete; RunError if it broke off.
     """
-    options, watch = options or Options(), watch or RunWatch()
-    plans = plan_pyramid(open_volume(output))
+    return len(_add_levels(open_volume(output), options or Options(), watch or RunWatch()))
+
+
+def _add_levels(base: Volume, options: Options, watch: RunWatch) -> list[Summary]:
+    """What was done for each level."""
+    for _ in wait_for_end(Ledger(base.url).url):  # of a driver that is at work on the volume itself
+        pass
+    refuse_foreign(base)
+    plans = plan_pyramid(base)
     for plan in plans:
         check_output(plan, options.overwrite)
+    if not plans:
+        return []
     with open_runner(plans, options) as (runner, where):
-        if plans:
-            watch.started(plans[0], where)
-        for plan in plans:
-            _carry_out(plan, options, runner, watch)
-    return len(plans)
+        watch.started(plans[0], where)
+        return [_carry_out(plan, options, runner, watch) for plan in plans]
 
 
 def import_weights(checkpoint: Location, weights: Location) -> NRRN:

@@ -16,7 +16,7 @@ from nrrn_pipeline.lease import last_driver, members
 from nrrn_pipeline.ledger import Ledger
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.presence import LEASE_S, has_ended
-from nrrn_pipeline.volume import Volume, get_provenance, object_key, open_levels, stored_units
+from nrrn_pipeline.volume import Volume, count_levels, get_provenance, object_key, open_volume, stored_units
 
 GROWTH_BROKE_OFF = "its run was interrupted as it began to grow: run the same nrrn denoise again"
 WHOLE = ("complete", "growing")  # states of an output all of whose slabs are done
@@ -54,11 +54,16 @@ def check(output: str | os.PathLike[str], deep: bool = False) -> Iterator[Checke
 
     Raises InputError if there is no output of ours there.
     """
-    for level, volume in enumerate(open_levels(output)):
-        if level == 0 or Ledger(volume.url).begun():  # else another program made it
-            for checked in _check(volume, deep):
-                problem = f"level {level}: {checked.problem}" if checked.problem and level else checked.problem
-                yield replace(checked, problem=problem, level=level)
+    yield from _check(open_volume(output), deep)
+    for level in range(1, count_levels(output)):
+        try:
+            volume = open_volume(output, level)
+            if Ledger(volume.url).begun():  # else another program made it
+                for checked in _check(volume, deep):
+                    problem = f"level {level}: {checked.problem}" if checked.problem else None
+                    yield replace(checked, problem=problem, level=level)
+        except InputError as error:
+            yield Checked(0, 0, f"level {level}: {error}", level=level)
 
 
 def _check(volume: Volume, deep: bool) -> Iterator[Checked]:

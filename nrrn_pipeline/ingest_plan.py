@@ -7,7 +7,7 @@ whole slices, as many as memory carries.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import prod
+from math import lcm, prod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,7 +34,7 @@ class IngestPlan(CopyPlan):
     target: Volume
     slab: Shape
     measures: bool = True
-    stage: ClassVar[str] = "ingesting"
+    stage: ClassVar[str] = "ingesting"  # type: ignore[misc]
 
     @property
     def source_url(self) -> str:  # type: ignore[override]
@@ -73,7 +73,8 @@ class IngestPlan(CopyPlan):
         """One slab as it is stored, and as it will be if that is another dtype; a slice of floats that is measured."""
         largest, stored = self.slabs.largest().keep, np.dtype(self.stack.dtype)
         items = self.target.itemsize + (stored.itemsize if stored != self.target.dtype else 0)
-        return largest.size * items + (16 * prod(largest.shape[1:]) if self.target.dtype == "float32" else 0)
+        measured = 16 if self.target.dtype == "float32" or stored != self.target.dtype else 0
+        return largest.size * items + measured * prod(largest.shape[1:])
 
     def voxels(self, slab: Slab) -> NDArray[Any]:
         """The slab's voxels. Raises InputError if the target's dtype cannot hold one of them."""
@@ -107,11 +108,25 @@ def _layout_for(stack: Stack, source: Volume, layout: Layout) -> Layout:
     item = max(np.dtype(stack.dtype).itemsize, source.itemsize)
     for depth, side in SIDES.items():
         shard = layout.shard or (depth, side, side)
-        slab = tuple(-(-unit // size) * size for unit, size in zip((1, *stack.unit[1:]), shard, strict=True))
-        if prod(map(min, slab, stack.shape)) * item <= SLAB_BYTES:
+        for slab in (_together(stack.unit, shard), _covering((1, *stack.unit[1:]), shard)):
+            if fits := prod(map(min, slab, stack.shape)) * item <= SLAB_BYTES:
+                break
+        if fits:
             break
     chunk = layout.chunk or (min(CHUNK[0], shard[0]), *CHUNK[1:])
-    return replace(layout, chunk=chunk, shard=shard, slab=layout.slab or (slab[0], slab[1], slab[2]))
+    return replace(layout, chunk=chunk, shard=shard, slab=layout.slab or slab)
+
+
+def _together(unit: Shape, shard: Shape) -> Shape:
+    """Voxels that are whole units and whole shards."""
+    z, y, x = (lcm(one, other) for one, other in zip(unit, shard, strict=True))
+    return z, y, x
+
+
+def _covering(unit: Shape, shard: Shape) -> Shape:
+    """Whole shards, no less than a unit."""
+    z, y, x = (-(-one // other) * other for one, other in zip(unit, shard, strict=True))
+    return z, y, x
 
 
 def _exactly_as(voxels: NDArray[Any], dtype: str, where: str) -> NDArray[Any]:
@@ -119,9 +134,11 @@ def _exactly_as(voxels: NDArray[Any], dtype: str, where: str) -> NDArray[Any]:
     if voxels.dtype == dtype:
         return voxels
     wanted = np.dtype(dtype)
-    with np.errstate(invalid="ignore", over="ignore"):
-        found = voxels.astype(wanted)
-    if not (voxels.dtype.kind == wanted.kind == "f" or np.array_equal(found.astype(np.float64), voxels)):
-        low, high = voxels.min(), voxels.max()
-        raise InputError(f"{where} are {low:g} to {high:g}, not all of which {dtype} can hold: use another --as")
+    found = np.empty(voxels.shape, wanted)
+    for to, plane in zip(found, voxels, strict=True):
+        with np.errstate(invalid="ignore", over="ignore"):
+            to[...] = plane.astype(wanted)
+        if not (plane.dtype.kind == wanted.kind == "f" or np.array_equal(to.astype(np.float64), plane)):
+            low, high = plane.min(), plane.max()
+            raise InputError(f"{where} are {low:g} to {high:g}, not all of which {dtype} can hold: use another --as")
     return found

@@ -17,7 +17,7 @@ whether any of it was cut short. Every file carries its own checksum.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -193,6 +193,10 @@ class Ledger:
         except (LookupError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise InputError(f"{self.url}/plan.json is damaged ({type(error).__name__}: {error})") from error
 
+    def keys_changed(self, plan: Plan) -> set[str]:
+        """Names of the settings that differ. Raises InputError if those that it was begun with are damaged."""
+        return _keys_changed(self.settings() or {}, plan)
+
     def changes(self, plan: Plan) -> list[str]:
         """What differs between the settings that it was begun with and the plan's, a line each."""
         return _changes(self.settings() or {}, plan)
@@ -235,6 +239,12 @@ class Ledger:
         """Delete all records of a slab, so that it is denoised again."""
         for name in storage.list_sizes(f"{self.url}/slabs", beginning=f"{key}."):
             storage.remove_file(f"{self.url}/slabs/{name}")
+
+    def forget_all(self, keys: Set[str]) -> None:
+        """The same for many slabs, by one listing."""
+        for name in storage.list_sizes(f"{self.url}/slabs"):
+            if name.partition(".")[0] in keys:
+                storage.remove_file(f"{self.url}/slabs/{name}")
 
     def records(self, key: str) -> list[Record]:
         """A slab's records, more than one if it was denoised twice. Raises ValueError if one is damaged, or none."""
@@ -318,6 +328,10 @@ class Ledger:
     def put_own_statistics(self, statistics: SliceStatistics) -> None:
         """Keep the statistics of the array itself, for whoever denoises it."""
         storage.write_document(f"{self.url}/own_statistics.json", asdict(statistics))
+
+    def forget_own_statistics(self) -> None:
+        """They hold no more."""
+        storage.remove_file(f"{self.url}/own_statistics.json")
 
     def own_statistics(self) -> SliceStatistics | None:
         """What put_own_statistics kept; None if that is missing or damaged."""

@@ -78,7 +78,7 @@ class DenoisePlan(Plan):
     halo: int
     method: Method
     growing: bool = False
-    stage: ClassVar[str] = "denoising"
+    stage: ClassVar[str] = "denoising"  # type: ignore[misc]
 
     @property
     def slabs(self) -> Slabs:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import product
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Cut, Shape, Span, box_of, spans_of
 from nrrn_pipeline.slabs import CopyPlan, Slab, Slabs, fitted
-from nrrn_pipeline.volume import Volume, open_volume, read_box
+from nrrn_pipeline.volume import Volume, get_provenance, open_volume, read_box
 
 ALGORITHM = 1  # raised whenever the same settings would give other voxels than before
 ALIKE = 2**0.5  # an axis is halved with the finest if its voxels are less than so many times as long
@@ -34,7 +34,12 @@ class PyramidPlan(CopyPlan):
     source: Volume
     target: Volume
     factors: Shape
-    stage: ClassVar[str] = "pyramid"
+    is_level = True
+
+    @property
+    def stage(self) -> str:  # type: ignore[override]
+        """Each level has its own."""
+        return f"level {self.target.level_path}"
 
     @property
     def root_url(self) -> str:
@@ -57,7 +62,7 @@ class PyramidPlan(CopyPlan):
         """See Plan."""
         return {
             "algorithm": ALGORITHM,
-            "level of": self.source.url,
+            "level of": self.source.level_path,
             "factors": list(self.factors),
             "source shape": list(self.source.shape),
             "dtype": self.target.dtype,
@@ -119,11 +124,17 @@ def plans_above(level: Volume) -> list[PyramidPlan]:
 def plan_pyramid(base: Volume) -> list[PyramidPlan]:
     """The plans of all levels below a volume, to be carried out in their order.
 
-    Raises InputError if the volume is a bare array, which has no place for levels.
+    For volumes of ours, whose first level is 0 and whose group is of OME-Zarr 0.5: see refuse_foreign.
     """
-    if not base.level_path:
-        raise InputError(f"{base.url} is a bare array, which has no levels: make an OME-Zarr of it with nrrn ingest")
     return list(_levels(base))
+
+
+def refuse_foreign(base: Volume) -> None:
+    """Raises InputError if the volume is not one of ours, or not complete: levels are added to no other."""
+    if base.level_path != "0" or "fingerprint" not in (made := get_provenance(base.group_url) or {}):
+        raise InputError(f"{base.group_url} was not made by nrrn: bring it in with nrrn ingest, and add levels to that")
+    if made.get("state") != "complete":
+        raise InputError(f"{base.group_url} is {made.get('state')}: levels are added to what is complete")
 
 
 def _levels(level: Volume) -> Iterator[PyramidPlan]:

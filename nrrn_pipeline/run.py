@@ -49,7 +49,7 @@ def run_plan(
     ledger = Ledger(plan.target.url)
     for waited in wait_for_end(ledger.url):
         yield waiting(waited)
-    replacing = overwrite and storage.exists(plan.group_url) and not resumable(plan)
+    replacing = overwrite and storage.exists(plan.root_url) and not resumable(plan)
     statistics = None
     if isinstance(plan, DenoisePlan):
         statistics = yield from all_statistics(plan, runner, None if replacing else ledger.statistics_for(plan))
@@ -84,7 +84,7 @@ def check_output(plan: Plan, overwrite: bool = False) -> None:
     """
     url, ledger = plan.root_url, Ledger(plan.target.url)
     try:
-        if overwrite:
+        if overwrite and (not plan.is_level or ledger.begun()):
             if storage.exists(url) and not ledger.begun() and not is_zarr(url) and not _is_bare_claim(plan):
                 raise InputError(
                     f"{url} is no Zarr and is not overwritten: delete it yourself, or choose another output"
@@ -146,7 +146,7 @@ def _claim_output(plan: Plan, statistics: SliceStatistics | None, replacing: boo
     ledger = Ledger(plan.target.url)
     if replacing:
         storage.remove_all_but(ledger.url, "drivers")  # first: a record must never outlive its voxels
-        if _is_level(plan):
+        if plan.is_level:
             set_level(plan.target, there=False)
         storage.remove_all_but(plan.root_url, f"{_ledger_below(plan)}/drivers")
     elif ledger.begun() and _damaged_but_ours(plan):
@@ -154,14 +154,15 @@ def _claim_output(plan: Plan, statistics: SliceStatistics | None, replacing: boo
     ledger.begin(plan)
     if statistics is not None and ledger.statistics() != statistics:
         ledger.put_statistics(statistics)
-    storage.remove_partials(plan.root_url)
+    storage.remove_partials(plan.target.url)
+    storage.remove_partials(plan.group_url, deep=False)
 
 
 def create_output(plan: Plan) -> None:
     """Make the group and the array, or let them grow to the plan's slices."""
     create_volume(plan.target, _provenance(plan))
     provenance = get_provenance(plan.root_url) or _provenance(plan)
-    if provenance.get("fingerprint") != plan.fingerprint or _is_level(plan):
+    if provenance.get("fingerprint") != plan.fingerprint or plan.is_level:
         now = {"state": "unfinished", "fingerprint": plan.fingerprint, "settings": plan.settings}
         set_provenance(plan.root_url, provenance | now)
 
@@ -170,18 +171,13 @@ def finish_output(plan: Plan) -> str:
     """Write down that all of the plan's slabs are done, and what they tell; the output's state, growing or complete."""
     if isinstance(plan, CopyPlan) and plan.measures:
         _keep_statistics(plan)
+    if plan.is_level:  # first: one that seems complete is not looked at again
+        set_level(plan.target)
     provenance = get_provenance(plan.root_url) or {}
     state = "growing" if plan.growing else "complete"
     if provenance.get("state") != state:
         set_provenance(plan.root_url, provenance | {"state": state, "completed": _now()})
-    if _is_level(plan):
-        set_level(plan.target)
     return state
-
-
-def _is_level(plan: Plan) -> bool:
-    """Whether it adds a level to a group that is there."""
-    return plan.root_url != plan.group_url
 
 
 def _keep_statistics(plan: CopyPlan) -> None:
@@ -197,10 +193,10 @@ def _forget(plan: Plan, again: frozenset[str]) -> None:
     """Let slabs count as not done."""
     if again:
         set_provenance(plan.root_url, (get_provenance(plan.root_url) or {}) | {"state": "unfinished"})
-    for key in again:
-        Ledger(plan.target.url).forget(key)
+        Ledger(plan.target.url).forget_all(again)
 
 
+GROWTH = {"roi", "source shape", "slab", "shard", "chunk"}  # settings of a level that change with its base's slices
 Task = SlabTask | CopyTask
 
 
@@ -223,6 +219,7 @@ def _slabs(
     slabs, ledger = plan.slabs, Ledger(plan.target.url)
     recorded = yield from forget_torn(plan)
     forget_above(plan, recorded)
+    forget_measured_before(plan, recorded)
     failed_before = ledger.failed()
     for key in failed_before & recorded:  # its driver was killed before it could
         ledger.clear_failure(key)
@@ -255,6 +252,12 @@ def forget_torn(plan: Plan) -> Generator[Progress, None, set[str]]:
     return set(recorded)
 
 
+def forget_measured_before(plan: Plan, recorded: set[str]) -> None:
+    """What is known of the output's slices holds no more if slabs are done again: files may have been mended."""
+    if isinstance(plan, CopyPlan) and plan.measures and len(recorded) < len(plan.slabs):
+        Ledger(plan.target.url).forget_own_statistics()
+
+
 def forget_above(plan: Plan, recorded: set[str]) -> None:
     """What levels of lower resolution were made of slabs that are not recorded is to be made again, after them.
 
@@ -267,15 +270,17 @@ def forget_above(plan: Plan, recorded: set[str]) -> None:
         ledger = Ledger(level.target.url)
         if not ledger.begun():
             return
-        if grown := grown or bool(ledger.changes(level)):
+        changes: set[str] = set()
+        with suppress(InputError):  # of settings that are damaged there is nothing to compare
+            changes = ledger.keys_changed(level)
+        if grown := grown or (bool(changes) and changes <= GROWTH):
             set_level(level.target, there=False)
             storage.remove_all_but(ledger.url, "drivers")
             storage.remove_tree(level.target.url)
         elif changed := covering(level, changed):
             if is_zarr(level.root_url):  # it may have been killed before it made the array
                 set_provenance(level.root_url, (get_provenance(level.root_url) or {}) | {"state": "unfinished"})
-            for box in changed:
-                ledger.forget(slab_key(box))
+            ledger.forget_all({slab_key(box) for box in changed})
 
 
 def _next_level(plan: Plan) -> str:

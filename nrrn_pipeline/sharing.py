@@ -22,6 +22,7 @@ from nrrn_pipeline.run import (
     create_output,
     finish_output,
     forget_above,
+    forget_measured_before,
     forget_torn,
     refuse_incomplete,
     work_of,
@@ -65,7 +66,7 @@ def run_share(plan: Plan, share: Share, runner: Runner, device: str = "auto") ->
         member.leave()
     with suppress(OSError):  # all is done: what is left behind does no harm
         if member.clear_up():
-            storage.remove_partials(plan.group_url)
+            storage.remove_partials(plan.target.url)
 
 
 def _statistics(plan: DenoisePlan, runner: Runner, member: Member) -> Generator[Progress, None, SliceStatistics]:
@@ -125,6 +126,7 @@ def _slabs(
     slabs = {slab.key: slab for slab in plan.slabs}
     done = yield from forget_torn(plan)
     forget_above(plan, done)
+    forget_measured_before(plan, done)
     failed_before = {key: ledger.failure(key) for key in ledger.failed()}
     tally = Tally(plan.stage, len(slabs), len(done))
     yield tally.progress()

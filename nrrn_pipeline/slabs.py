@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Any, ClassVar, overload
+from typing import Any, overload
 
 from numpy.typing import NDArray
 
@@ -102,7 +102,7 @@ def _slab(z: Cut, y: Cut, x: Cut) -> Slab:
 class Plan(ABC):
     """Everything that one run does: the array that it makes, slab by slab, and out of what."""
 
-    stage: ClassVar[str]  # a word for what is done
+    stage: str  # a word for what is done
     target: Volume
     growing: bool = False  # there will be more slices, and more slabs with them
 
@@ -115,6 +115,11 @@ class Plan(ABC):
     def root_url(self) -> str:
         """What is made, or made anew, as a whole, and tells in its attribute `nrrn` how: the group."""
         return self.group_url
+
+    @property
+    def is_level(self) -> bool:
+        """Whether it adds a level of lower resolution to a group that is there."""
+        return False
 
     @property
     @abstractmethod

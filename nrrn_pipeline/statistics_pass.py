@@ -7,14 +7,14 @@ from functools import partial
 from typing import cast
 
 from nrrn_pipeline.errors import InputError, RunError
-from nrrn_pipeline.geometry import Span
+from nrrn_pipeline.geometry import Span, boxes_of
 from nrrn_pipeline.ledger import Ledger
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.progress import Progress
 from nrrn_pipeline.retrying import reason_of
 from nrrn_pipeline.runners import Outcome, Runner
 from nrrn_pipeline.statistics import MeasuredBox, SliceStatistics, measure_box, merge_boxes, statistics_boxes
-from nrrn_pipeline.volume import Volume
+from nrrn_pipeline.volume import Volume, stored_units
 
 
 def all_statistics(
@@ -36,13 +36,26 @@ def all_statistics(
 def known_statistics(plan: DenoisePlan) -> SliceStatistics | None:
     """Those that whoever made the source has kept with it, if the plan's slices are among them and still as they were.
 
-    Reads one slice, if any are kept.
+    Lists the source's objects, whose sizes must be those that were recorded, and reads one slice, if any are kept.
     """
-    known = Ledger(plan.source.url).own_statistics()
+    ledger = Ledger(plan.source.url)
+    known = ledger.own_statistics()
     if known is None or known.first_z > plan.statistics_z.start or not covers(known, plan):
+        return None
+    if not _is_as_recorded(ledger, plan.source):
         return None
     known = known.of(plan.statistics_z)
     return known if _still_hold(plan.source, known) else None
+
+
+def _is_as_recorded(ledger: Ledger, source: Volume) -> bool:
+    """Whether all slabs of a volume are recorded, and stored in the sizes that they were written in."""
+    try:
+        slabs, recorded = ledger.slabs(), ledger.done()
+        units = ((key, set(boxes_of(keep, source.write_unit))) for key, keep in slabs.items())
+    except InputError:  # damaged
+        return False
+    return slabs.keys() <= recorded.keys() and not ledger.torn(recorded, units, stored_units(source))
 
 
 def covers(kept: SliceStatistics | None, plan: DenoisePlan) -> bool:

@@ -308,8 +308,8 @@ def probe(url: str, content: bytes = b"") -> Iterator[str]:
                 os.rmdir(folder)
 
 
-def remove_partials(url: str) -> None:
-    """Delete what processes that were killed in the middle of a write left in a folder on disk.
+def remove_partials(url: str, deep: bool = True) -> None:
+    """Delete what processes that were killed in the middle of a write left in a folder on disk; and `deep`, below it.
 
     On object storage nothing is left: an object that was not written whole is not there.
     """
@@ -320,6 +320,8 @@ def remove_partials(url: str) -> None:
             if name.endswith(".partial"):
                 with suppress(FileNotFoundError):  # its writer may be alive yet, and faster
                     os.unlink(os.path.join(folder, name))
+        if not deep:
+            return
 
 
 def remove_file(url: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
-from nrrn_pipeline.api import RunWatch, carry_out, open_runner
+from nrrn_pipeline.api import RunWatch, carry_out, open_runner, with_levels
 from nrrn_pipeline.batch.manifest import Job
 from nrrn_pipeline.cluster import LocalSettings
 from nrrn_pipeline.cost import refuse_what_cannot_fit
@@ -89,7 +89,8 @@ def results_of(jobs: Sequence[Job], options: Options, watch: BatchWatch) -> Iter
             plans[job] = planned
     if not plans:
         return
-    with open_runner([*plans.values()], options) as (runner, where):
+    all_plans = [each for plan in plans.values() for each in with_levels(plan, options)]
+    with open_runner(all_plans, options) as (runner, where):
         for number, (job, plan) in enumerate(plans.items(), start=1):
             watch.taken(job, number, len(plans))
             watch.started(plan, where)

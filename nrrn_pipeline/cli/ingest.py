@@ -1,4 +1,4 @@
-"""nrrn ingest and pyramid: from the microscope's files to a volume, and to one that viewers like."""
+"""nrrn ingest, pyramid and export: from the microscope's files to a volume, for viewers, and to other tools."""
 
 from __future__ import annotations
 
@@ -7,10 +7,22 @@ from typing import Annotated
 import typer
 
 from nrrn_pipeline import api
-from nrrn_pipeline.cli.options import LAYOUT, WHERE, Output, parse_numbers, takes_options
+from nrrn_pipeline.cli.options import (
+    LAYOUT,
+    WHERE,
+    LevelNumber,
+    Output,
+    Roi,
+    Source,
+    StorageOptions,
+    parse_box,
+    parse_numbers,
+    takes_options,
+)
 from nrrn_pipeline.cli.terminal import Watch, by_text, err, out, progress_bar
 from nrrn_pipeline.cost import bytes_text, counted
 from nrrn_pipeline.errors import GO_ON, InputError, readable
+from nrrn_pipeline.exporting import export as write_file
 from nrrn_pipeline.ingesting import Intake, planned
 from nrrn_pipeline.options import Options
 
@@ -72,3 +84,27 @@ def pyramid(output: Output, options: Options) -> None:
     with progress_bar(GO_ON) as bar:
         levels = api.add_levels(output, options, Watch(bar))
     out.print(f"{output}: {counted(levels, 'level')} below the full size")
+
+
+def export(
+    source: Source,
+    output: Annotated[
+        str, typer.Argument(metavar="FILE", help="x.tif, .ome.tif, .mrc, .h5, .npy; without a suffix a folder of TIFF.")
+    ],
+    level: LevelNumber = 0,
+    roi: Roi = None,
+    storage_options: StorageOptions = None,  # noqa: ARG001
+) -> None:
+    """Write SRC as a file that other tools read, with its voxel size. Slices stream: memory does not grow with it.
+
+    Example: nrrn export clean.zarr clean.tif --level 1
+    """
+    with progress_bar("nothing is left of the file") as bar:
+        task = bar.add_task("exporting", total=None, speed="")
+
+        def progressed(done: int, total: int) -> None:
+            bar.start()
+            bar.update(task, completed=done, total=total)
+
+        write_file(source, output, level, parse_box("roi", roi), progressed)
+    out.print(f"{output}: written")

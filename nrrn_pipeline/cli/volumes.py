@@ -71,7 +71,7 @@ def verify(
                 wrong += 1
                 out.print(readable(checked.problem))
     if wrong:
-        err.print(f"{output} is not whole: {counted(wrong, 'problem')}; nrrn repair denoises damaged slabs again")
+        err.print(f"{output} is not whole: {counted(wrong, 'problem')}; nrrn repair makes damaged slabs again")
         raise typer.Exit(1)
     how = "every byte is as it was written" if deep else "every shard is there (--deep reads them)"
     out.print(f"{output} is whole: every slab is recorded, {how}")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +25,7 @@ SHOWN = 10
 
 @dataclass(frozen=True)
 class Dataset(Part):
-    """A dataset of an HDF5 file, with `lead` single axes before z, y, x."""
+    """A dataset of an HDF5 file, with `lead` single axes before z, y, x, and `trail` after them."""
 
     url: str
     shape: Shape
@@ -29,6 +33,7 @@ class Dataset(Part):
     name: str
     chunk: Shape
     lead: int
+    trail: int
 
     @property
     def unit(self) -> Shape:
@@ -36,33 +41,73 @@ class Dataset(Part):
         return self.chunk
 
     def read(self, box: Box) -> NDArray[Any]:
-        """Its chunks, as h5py reads them. Raises StorageError for those that cannot be decoded."""
-        with opened(self.url) as raw, h5py.File(raw, "r") as file:
-            try:
-                found = file[self.name][(0,) * self.lead + tuple(slice(span.start, span.stop) for span in box.spans)]
-            except (OSError, KeyError) as error:
-                raise StorageError(
-                    f"{self.url}, dataset {self.name}, voxels {box}: cannot be read ({error})"
-                ) from error
+        """Its chunks, as h5py reads them. Raises StorageError for those that cannot be read."""
+        spans = tuple(slice(span.start, span.stop) for span in box.spans)
+        try:
+            with _opened(self.url) as file:
+                found = file[self.name][(0,) * self.lead + spans + (0,) * self.trail]
+        except Exception as error:  # h5py raises all kinds of errors
+            where = f"{self.url}{self.name}, voxels {box}"
+            raise StorageError(f"{where}: cannot be read ({type(error).__name__}: {error})") from error
         return np.ascontiguousarray(found, self.dtype)
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[h5py.File]:
+    """By its path if it has one: else h5py finds no other files that it refers to."""
+    if "://" not in url:
+        with h5py.File(url, "r") as file:
+            yield file
+        return
+    with opened(url) as raw, h5py.File(raw, "r") as file:
+        yield file
 
 
 def find_hdf5(url: str, dataset: str | None) -> Found:
     """What is in a dataset of an HDF5 file, or in its only one of three axes or more. Raises InputError."""
-    with opened(url) as raw:
-        try:
-            with h5py.File(raw, "r") as file:
-                name = dataset or _only_volume(url, file)
-                found = file.get(name)
-                if not isinstance(found, h5py.Dataset):
-                    raise InputError(f"{url} has no dataset {name}: {_datasets(file)}")
-                shape = refuse_unfit(url, found.shape, f"dataset {name}")
-                chunk = tuple(found.chunks or (1, 1, shape[2]))[-3:]
-                unit = (int(chunk[0]), int(chunk[1]), int(chunk[2]))
-                part = Dataset(url, shape, found.dtype.name, name, unit, found.ndim - 3)
-                return Found(part, _voxel_nm(found))
-        except OSError as error:
-            raise InputError(f"{url} is no HDF5 file, or a damaged one: {error}") from error
+    if "://" not in url:
+        os.stat(url)  # h5py would say that it is no HDF5 file
+    try:
+        with _opened(url) as file:
+            name = dataset or _only_volume(url, file)
+            found = file.get(name)
+            if not isinstance(found, h5py.Dataset):
+                raise InputError(f"{url} has no dataset {name}: {_datasets(file)}")
+            _refuse_other_files(url, found)
+            lead, trail = _single_axes(url, name, found)
+            stop = found.ndim - trail
+            shape = refuse_unfit(url, found.shape[:stop], f"dataset {name}")
+            chunk = tuple(found.chunks or (*[1] * (stop - 1), shape[2]))[stop - 3 : stop]
+            unit = (int(chunk[0]), int(chunk[1]), int(chunk[2]))
+            return Found(Dataset(url, shape, found.dtype.name, name, unit, lead, trail), _voxel_nm(found))
+    except InputError:
+        raise
+    except Exception as error:  # h5py raises all kinds of errors
+        raise InputError(f"{url} is no HDF5 file, or a damaged one ({type(error).__name__}: {error})") from error
+
+
+def _refuse_other_files(url: str, dataset: h5py.Dataset) -> None:
+    """Raises InputError if voxels lie in files that are not there: h5py would give fill values for them."""
+    if not dataset.is_virtual:
+        return
+    folder = os.path.dirname(url)
+    names = {source.file_name for source in dataset.virtual_sources()} - {"."}
+    if "://" in url or (missing := sorted(name for name in names if not os.path.exists(os.path.join(folder, name)))):
+        lacking = ", ".join((sorted(names) if "://" in url else missing)[:SHOWN])
+        raise InputError(f"{url} refers to voxels in other files, which cannot be read from here: {lacking}")
+
+
+def _single_axes(url: str, name: str, dataset: h5py.Dataset) -> tuple[int, int]:
+    """How many single axes stand before and after z, y, x: by ilastik's axistags, or a last one of several."""
+    tags = dataset.attrs.get("axistags")
+    if tags is not None:
+        keys = "".join(str(each["key"]) for each in json.loads(tags)["axes"])
+        at = keys.find("zyx")
+        if at < 0 or any(size != 1 for size in (*dataset.shape[:at], *dataset.shape[at + 3 :])):
+            raise InputError(f"{url}: dataset {name} has axes {keys} {dataset.shape}: expected zyx, others single")
+        return at, len(keys) - at - 3
+    trail = 1 if dataset.ndim > 3 and dataset.shape[-1] == 1 else 0
+    return max(0, dataset.ndim - trail - 3), trail
 
 
 def _only_volume(url: str, file: h5py.File) -> str:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from io import BytesIO
 from itertools import pairwise
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import InputError, StorageError
@@ -24,11 +25,14 @@ from nrrn_pipeline.formats.tiff import find_tiff, plane_of
 from nrrn_pipeline.geometry import Box, Shape
 from nrrn_pipeline.ome import Triple
 from nrrn_pipeline.places import REQUESTS_AT_ONCE
+from nrrn_pipeline.retrying import retried
 
 PNG = (".png",)
+Image.MAX_IMAGE_PIXELS = 2**31  # slices are larger than what Pillow takes for an attack
 PNG_END = b"IEND\xaeB`\x82"
 SHOWN = 5  # names in a message
-MOST_MISSING = 0.2  # of the numbers from first to last; with more of them the numbers are no count
+MOST_MISSING = 0.5  # of the numbers from first to last; with more of them the numbers are no count, but times
+NUMBER = re.compile(r"[0-9]+(?:\.[0-9]+)?")
 LACKING = ("refuse", "blank", "skip")
 _DONE = {"blank": "blank slices in their place", "skip": "left out"}
 
@@ -81,7 +85,8 @@ class Header:
 
 def natural(name: str) -> list[Any]:
     """A key to sort by: slice_2 before slice_10."""
-    return [int(part) if part.isdecimal() else part.lower() for part in re.split(r"([0-9]+)", name)]
+    parts = re.split(f"({NUMBER.pattern})", name)
+    return [Fraction(part) if odd % 2 else part.lower() for odd, part in enumerate(parts)]
 
 
 def find_images(folder: str, names: Sequence[str], lacking: str) -> tuple[Images, Triple | None, tuple[str, ...]]:
@@ -98,7 +103,7 @@ def find_images(folder: str, names: Sequence[str], lacking: str) -> tuple[Images
     if not kinds:
         raise InputError(f"{folder}: no slice can be read; {names[0]} {headers[0].wrong}")
     (plane, dtype), _ = kinds.most_common(1)[0]
-    numbers = running_numbers(names)
+    numbers = running_numbers(folder, names)
     slices, bad = list[str](), list[str]()
     for place, (name, header) in enumerate(zip(names, headers, strict=True)):
         if numbers and place and (missing := numbers.missing_before(place)):
@@ -116,8 +121,10 @@ def find_images(folder: str, names: Sequence[str], lacking: str) -> tuple[Images
         slices = [name for name in slices if name]
     notes = [f"{_shown(bad)}: {_DONE[lacking]}"] if bad else []
     if not numbers and len(names) > 1:
-        notes.append("the files' names hold no running number: slices that are missing cannot be told")
+        notes.append("the files' names hold no number that counts: slices that are missing cannot be told")
     sizes = {each.voxel_nm for each in headers if not each.wrong}
+    if len(sizes) > 1:
+        notes.append(f"the files say that voxels are of {len(sizes)} sizes, such as {sorted(map(str, sizes))[:2]} nm")
     return Images(folder, tuple(slices), plane, dtype), sizes.pop() if len(sizes) == 1 else None, tuple(notes)
 
 
@@ -125,41 +132,51 @@ def find_images(folder: str, names: Sequence[str], lacking: str) -> tuple[Images
 class Numbers:
     """The number of each slice, and their step from one to the next."""
 
-    numbers: tuple[int, ...]
-    step: int
+    numbers: tuple[Fraction, ...]
+    step: Fraction
 
     def missing_before(self, place: int) -> int:
         """How many slices are missing right before the one at `place`."""
-        return (self.numbers[place] - self.numbers[place - 1]) // self.step - 1
+        return int((self.numbers[place] - self.numbers[place - 1]) / self.step) - 1
 
     @property
     def missing(self) -> float:
         """The share of all numbers from first to last."""
-        return 1 - len(self.numbers) / ((self.numbers[-1] - self.numbers[0]) // self.step + 1)
+        return 1 - len(self.numbers) / (int((self.numbers[-1] - self.numbers[0]) / self.step) + 1)
 
     def text(self, place: int) -> str:
         """Which are missing right before the one at `place`."""
-        count, first = self.missing_before(place), self.numbers[place - 1] + self.step
-        last = self.numbers[place] - self.step
-        return f"slice {first} is missing" if count == 1 else f"{count} slices {first} to {last} are missing"
+        count = self.missing_before(place)
+        first, last = (float(self.numbers[at] + way * self.step) for at, way in ((place - 1, 1), (place, -1)))
+        return f"slice {first:g} is missing" if count == 1 else f"{count} slices {first:g} to {last:g} are missing"
 
 
-def running_numbers(names: Sequence[str]) -> Numbers | None:
-    """The number in each name that counts slices; None if there is no such number.
+def running_numbers(folder: str, names: Sequence[str]) -> Numbers | None:
+    """The number in each name that counts slices; None if there is none that does.
 
-    Names are in natural order, and alike but for their numbers. Of several the one that jumps the least.
+    Names are in natural order. Of several numbers the one that jumps the least. Raises InputError if the names hold
+    numbers, but not one a slice: they are of several detectors, channels or tiles.
     """
-    if len(names) < 2 or len({re.sub(r"[0-9]+", "#", name) for name in names}) > 1:
+    if len(names) < 2 or not any(NUMBER.search(name) for name in names):
         return None
-    best: Numbers | None = None
-    for column in zip(*(re.findall(r"[0-9]+", name) for name in names), strict=True):
-        numbers = tuple(map(int, column))
+    patterns = Counter(NUMBER.sub("#", name) for name in names)
+    if len(patterns) > 1:
+        shown = ", ".join(f"{pattern} ({count})" for pattern, count in patterns.most_common(SHOWN))
+        raise InputError(f"{folder} holds files of several kinds of names, {shown}: give those of one kind, by name")
+    rising = []
+    for column in zip(*(NUMBER.findall(name) for name in names), strict=True):
+        numbers = tuple(map(Fraction, column))
         steps = [after - before for before, after in pairwise(numbers)]
         if min(steps) > 0:
-            found = Numbers(numbers, math.gcd(*steps))
-            if found.missing <= MOST_MISSING and (best is None or found.missing < best.missing):
-                best = found
-    return best
+            whole = math.lcm(*(step.denominator for step in steps))
+            rising.append(Numbers(numbers, Fraction(math.gcd(*(int(step * whole) for step in steps)), whole)))
+    if not rising:
+        raise InputError(
+            f"{folder}: no number in the names rises from each to the next, such as {names[0]}, {names[1]}: is there "
+            "more than one file a slice? Give those of one detector, channel or tile by their names"
+        )
+    best = min(rising, key=lambda each: each.missing)
+    return best if best.missing <= MOST_MISSING else None
 
 
 def _unlike(header: Header, plane: tuple[int, int], dtype: str) -> str:
@@ -178,12 +195,12 @@ def _header(folder: str, name: str) -> Header:
     url = f"{folder}/{name}"
     try:
         if name.lower().endswith(PNG):
-            return _png_header(url)
-        found = find_tiff(url)
+            return retried(url, lambda _: _png_header(url))
+        found = retried(url, lambda _: find_tiff(url))
     except InputError as error:
         return Header(wrong=str(error).removeprefix(url).strip())
-    except OSError as error:
-        return Header(wrong=f"cannot be read: {error.strerror or error}")
+    except (FileNotFoundError, IsADirectoryError) as error:  # a broken link; all else may be another time
+        return Header(wrong=f"cannot be read: {error.strerror}")
     slices, height, width = found.part.shape
     if slices != 1:
         return Header(wrong=f"holds {slices} slices: give such files by their own names")
@@ -194,7 +211,7 @@ def _png_header(url: str) -> Header:
     with opened(url) as file:
         try:
             image = Image.open(file, formats=["PNG"])
-        except (UnidentifiedImageError, ValueError, SyntaxError) as error:
+        except Exception as error:  # Pillow raises all kinds of errors
             return Header(wrong=f"is no PNG image, or a damaged one ({error})")
         file.seek(max(0, size_of(file) - len(PNG_END)))
         if file.read() != PNG_END:
@@ -216,7 +233,7 @@ def _read_plane(url: str, shape: tuple[int, int]) -> NDArray[Any]:
         return plane_of(BytesIO(data), url, shape)
     try:
         plane = np.asarray(Image.open(BytesIO(data), formats=["PNG"]))
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # Pillow raises all kinds of errors
         raise StorageError(f"{url} cannot be decoded ({error})") from error
     if plane.shape != shape:
         raise StorageError(f"{url} has {plane.shape} voxels, not {shape}: it has changed")

@@ -88,7 +88,9 @@ def _voxel_nm(attributes: dict[str, Any]) -> Triple | None:
     """By BigDataViewer's pixelResolution, or n5-viewer's resolution and units; both x, y, z."""
     told = attributes.get("pixelResolution")
     if isinstance(told, dict):
-        sizes, units = told.get("dimensions"), [told.get("unit")] * 3
+        factors = attributes.get("downsamplingFactors") or [1, 1, 1]
+        sizes: Any = [size * factor for size, factor in zip(told.get("dimensions") or (), factors, strict=False)]
+        units = [told.get("unit")] * 3
     else:
         sizes, units = told or attributes.get("resolution"), attributes.get("units") or ["um" if told else "nm"] * 3
     if not isinstance(sizes, list) or not isinstance(units, list) or len(sizes) < 3 or len(units) < 3:

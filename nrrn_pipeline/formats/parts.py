@@ -22,6 +22,8 @@ from nrrn_pipeline.ome import Triple
 from nrrn_pipeline.places import files_of
 from nrrn_pipeline.volume import Volume, read_box
 
+HEADER_BYTES = 2**16
+
 
 class Part(ABC):
     """Some consecutive slices. shape: theirs; dtype: the machine's name of what is stored.
@@ -143,7 +145,7 @@ def opened(url: str) -> Iterator[BinaryIO]:
             yield file
         return
     files, path = files_of(url)
-    with files.open(path, "rb") as file:
+    with files.open(path, "rb", block_size=HEADER_BYTES) as file:  # else it fetches 50 MiB of S3 at a time
         yield file
 
 

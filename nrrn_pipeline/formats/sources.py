@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ class Stack:
         z, y, x = (max(sizes) for sizes in zip(*(part.unit for part in self.parts), strict=True))
         return z, y, x
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Of what is read, file by file, but for what is in the files."""
         return hashlib.sha256(repr(self.parts).encode()).hexdigest()
@@ -102,7 +103,8 @@ def find_stack(
             return _stack_at(urls[0], dataset, lacking, level)
         return _stack_of(sorted(urls, key=images.natural), lacking, dataset)
     except OSError as error:
-        raise InputError(f"{urls[0]} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        where = getattr(error, "filename", None) or urls[0]
+        raise InputError(f"{where} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _stack_at(url: str, dataset: str | None, lacking: str, level: int) -> Stack:
@@ -111,7 +113,7 @@ def _stack_at(url: str, dataset: str | None, lacking: str, level: int) -> Stack:
         return Stack(volume.url, (Stored(volume),), volume.voxel_nm)
     if n5.is_n5(url):
         return _stack(url, [n5.find_n5(url, dataset)])
-    names = list(storage.list_sizes(url)) if not storage.listed(url) else []
+    names = _names_in(url)
     if not names:
         if not storage.exists(url):
             raise InputError(f"no volume at {url}: there is nothing there")
@@ -126,6 +128,13 @@ def _stack_at(url: str, dataset: str | None, lacking: str, level: int) -> Stack:
     made = _stack_of([f"{url}/{name}" for name in sorted(chosen, key=images.natural)], lacking, dataset)
     note = (f"left out, as they are no images: {_few(others)}",) if others else ()
     return Stack(url, made.parts, made.voxel_nm, (*made.notes, *note))
+
+
+def _names_in(url: str) -> list[str]:
+    """All that a folder holds, also links that lead nowhere; nothing of what is no folder."""
+    if "://" not in url:
+        return os.listdir(url) if os.path.isdir(url) else []
+    return [] if storage.listed(url) else list(storage.list_sizes(url))
 
 
 def _stack_of(urls: Sequence[str], lacking: str, dataset: str | None) -> Stack:
@@ -150,6 +159,8 @@ def _found(url: str, dataset: str | None) -> Found:
     for suffixes, find in FINDERS.items():
         if url.lower().endswith(suffixes):
             return find(url)
+    if "://" not in url and os.path.isdir(url):
+        raise InputError(f"{url}: several folders or Zarrs at a time cannot be read; bring in one after the other")
     raise InputError(f"{url} is of no kind that can be read: expected {KNOWN}; or a folder of slices")
 
 

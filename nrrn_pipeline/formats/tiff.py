@@ -21,7 +21,11 @@ from nrrn_pipeline.geometry import Box, Shape
 from nrrn_pipeline.ome import Triple, nm_of
 
 SUFFIXES = (".tif", ".tiff", ".btf", ".tf8", ".tf2")
-BROKEN = re.compile(r"page offset|series|corrupt", re.IGNORECASE)  # of what tifffile says; all else is of tags
+PALETTE = 3
+BROKEN = re.compile(
+    r"page offset|series|corrupt|missing data", re.IGNORECASE
+)  # of what tifffile says; all else is of tags
+DEPTH = "ZTIQ"  # axes that slices may lie along: z, time, a sequence, or of no name
 GREY = (0, 1)  # photometric interpretations: white is zero, black is zero
 
 
@@ -58,7 +62,7 @@ def find_tiff(url: str) -> Found:
                 raise InputError(f"{url} holds no image")
             pages = _pages_of(url, tiff)
             _refuse_cut_short(url, tiff, size_of(file))
-            if broken := [text for text in said if BROKEN.search(text)]:
+            if broken := [text for text, _ in said if BROKEN.search(text)]:
                 raise InputError(f"{url} is damaged or cut short: {broken[0]}")
             first = tiff.series[0]
             height, width = first.keyframe.shape[:2]
@@ -66,10 +70,13 @@ def find_tiff(url: str) -> Found:
             part: Part = Pages(url, shape, dtype.name, tuple(pages))
             if len(tiff.series) == 1 and first.dataoffset is not None:
                 part = Raw(url, shape, np.dtype(dtype).newbyteorder(tiff.byteorder).str, first.dataoffset)
-            return Found(part, _voxel_nm(tiff), tuple(f"{url}: {text}" for text in said))
+            errors = [text for text, level in said if level >= logging.ERROR]
+            return Found(part, _voxel_nm(tiff), tuple(f"{url}: {text}" for text in errors))
     except tifffile.TiffFileError as error:
         raise InputError(f"{url} is no TIFF file, or a damaged one: {error}") from error
-    except (ValueError, LookupError, TypeError, ArithmeticError) as error:  # of a file that is cut short, or worse
+    except (InputError, OSError):
+        raise
+    except Exception as error:  # tifffile raises all kinds of errors for a file that is cut short, or worse
         raise InputError(f"{url} is a damaged TIFF file ({type(error).__name__}: {error})") from error
 
 
@@ -85,16 +92,16 @@ def decoded(page: Any, where: str, shape: tuple[int, ...]) -> NDArray[Any]:
 
 
 @contextmanager
-def _complaints() -> Iterator[list[str]]:
+def _complaints() -> Iterator[list[tuple[str, int]]]:
     """What tifffile says of a file within the block: it goes on with what is left of one that is cut short."""
-    said, here, log = list[str](), threading.get_ident(), logging.getLogger("tifffile")
+    said, here, log = list[tuple[str, int]](), threading.get_ident(), logging.getLogger("tifffile")
 
     class Listener(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             if record.thread == here:
-                said.append(" ".join(record.getMessage().split()))
+                said.append((" ".join(record.getMessage().split()), record.levelno))
 
-    listener = Listener(logging.ERROR)
+    listener = Listener(logging.WARNING)
     log.addHandler(listener)
     try:
         yield said
@@ -105,14 +112,19 @@ def _complaints() -> Iterator[list[str]]:
 def _pages_of(url: str, tiff: tifffile.TiffFile) -> list[tuple[int, int]]:
     """The pages that are the slices, in their order."""
     first, pages = tiff.series[0], list[tuple[int, int]]()
+    if tiff.is_ome and len(tiff.series) > 1:
+        raise InputError(f"{url} holds {len(tiff.series)} images: export one of them")
     for number, series in enumerate(tiff.series):
-        colour = series.keyframe.samplesperpixel > 1 or int(series.keyframe.photometric) not in GREY
-        if colour:
+        if series.keyframe.samplesperpixel > 1 or not _is_grey(series.keyframe):
             raise InputError(f"{url} holds colours: expected grey values, one a voxel; convert it to grey first")
-        lead = [(axis, size) for axis, size in zip(series.axes, series.shape, strict=True) if axis not in "YX"]
-        if sum(size > 1 for _, size in lead) > 1 or len(series.axes) - len(lead) != 2:
-            sizes = ", ".join(f"{axis} {size}" for axis, size in zip(series.axes, series.shape, strict=True))
-            raise InputError(f"{url} has the axes {sizes}: expected one beside y and x; export one channel or time")
+        axes = list(zip(series.axes, series.shape, strict=True))
+        many = [axis for axis, size in axes[:-2] if size > 1]
+        if not series.axes.endswith("YX") or len(many) > 1 or not set(many) <= set(DEPTH):
+            sizes = ", ".join(f"{axis} {size}" for axis, size in axes)
+            raise InputError(f"{url} has the axes {sizes}: expected Z before Y and X; export one channel")
+        if len(series.keyframe.shape) != 2 or any(page is None for page in series.pages):
+            raise InputError(f"{url} holds no whole slices of its own, page by page: save it as a plain stack")
+        lead = axes[:-2]
         alike = (series.keyframe.shape[:2], series.dtype) == (first.keyframe.shape[:2], first.dtype)
         if not alike:
             raise InputError(
@@ -123,18 +135,23 @@ def _pages_of(url: str, tiff: tifffile.TiffFile) -> list[tuple[int, int]]:
     return pages
 
 
+def _is_grey(page: Any) -> bool:
+    """Whether a voxel's number is its brightness: also of a palette that is a ramp of greys."""
+    colours = page.colormap
+    if int(page.photometric) != PALETTE or colours is None:
+        return int(page.photometric) in GREY
+    ramp = np.arange(colours.shape[1]) * 65535 // (colours.shape[1] - 1)
+    return bool((np.abs(colours.astype(np.int64) - ramp) < 257).all())
+
+
 def _refuse_cut_short(url: str, tiff: tifffile.TiffFile, size: int) -> None:
     for series in tiff.series:
-        ends = [
-            offset + count
-            for page in series.pages
-            if page is not None
-            for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True)
-        ]
-        if series.dataoffset is not None:
-            ends.append(series.dataoffset + math.prod(series.shape) * series.dtype.itemsize)
-        if max(ends, default=0) > size:
-            raise InputError(f"{url} is cut short: it has {size} bytes of {max(ends)}; copy it again")
+        end = 0 if series.dataoffset is None else series.dataoffset + math.prod(series.shape) * series.dtype.itemsize
+        pages: list[Any] = [page for page in series.pages if page is not None]
+        for page in pages:
+            end = max(end, *map(sum, zip(page.dataoffsets, page.databytecounts, strict=True)))
+        if end > size:
+            raise InputError(f"{url} is cut short: it has {size} bytes of {end}; copy it again")
 
 
 def _voxel_nm(tiff: tifffile.TiffFile) -> Triple | None:
@@ -147,9 +164,9 @@ def _voxel_nm(tiff: tifffile.TiffFile) -> Triple | None:
         return nm_of(sizes, units)
     if tiff.is_imagej and tiff.imagej_metadata:
         told, page = tiff.imagej_metadata, tiff.pages.first
-        unit = str(told.get("unit", "")).replace("\\u00B5", "µ")
         across = [_size_of_resolution(page, name) for name in ("YResolution", "XResolution")]
-        return nm_of([told.get("spacing"), *across], [unit] * 3)
+        units = [str(told.get(name, told.get("unit"))).replace("\\u00B5", "µ") for name in ("zunit", "yunit", "unit")]
+        return nm_of([told.get("spacing"), *across], units)
     return None
 
 

@@ -2,6 +2,7 @@
 
 from nrrn_pipeline.volume.metadata import DTYPES, MAX_AXIS, Volume, refuse_unwritable
 from nrrn_pipeline.volume.opening import (
+    count_levels,
     create_volume,
     get_provenance,
     is_zarr,
@@ -16,6 +17,7 @@ __all__ = [
     "DTYPES",
     "MAX_AXIS",
     "Volume",
+    "count_levels",
     "create_volume",
     "get_provenance",
     "is_zarr",

@@ -49,9 +49,13 @@ def open_volume(url: str | os.PathLike[str], level: int = 0, dtypes: tuple[str, 
 
 def open_levels(url: str | os.PathLike[str]) -> list[Volume]:
     """All levels of an OME-Zarr image, finest first; or a bare array alone. Raises what open_volume raises."""
+    return [open_volume(url, level) for level in range(count_levels(url))]
+
+
+def count_levels(url: str | os.PathLike[str]) -> int:
+    """How many levels a group's metadata name; of a bare array 1."""
     node = _open_node(absolute(url))
-    count = 1 if _is_array(node) else max(1, len(ome.read_levels(node["attributes"])))
-    return [open_volume(url, level) for level in range(count)]
+    return 1 if _is_array(node) else max(1, len(ome.read_levels(node["attributes"])))
 
 
 def create_volume(volume: Volume, provenance: dict[str, Any]) -> None:

@@ -126,6 +126,28 @@ def test_statistics_of_a_volume_that_has_changed_since_are_measured_again(tmp_pa
     assert "statistics" in stages.seen
 
 
+def test_statistics_of_a_volume_some_of_whose_slices_have_changed_are_measured_again(tmp_path: Path) -> None:
+    """Far from the slice in the middle, which is looked at; blank slices matter to their neighbours."""
+    ingest(folder_of(tmp_path / "slices"), tmp_path / "raw.zarr", options=SERIAL)
+    array = zarr.open_array(tmp_path / "raw.zarr" / "0", mode="r+")
+    array[3] = 0
+    stages = Stages()
+    method = Method(name="mean")
+    denoise(tmp_path / "raw.zarr", tmp_path / "out.zarr", None, Options(cluster="serial", method=method), stages)
+    assert "statistics" in stages.seen
+
+
+def test_statistics_of_slabs_that_were_mended_are_not_those_of_before(tmp_path: Path) -> None:
+    folder, output = folder_of(tmp_path / "slices"), tmp_path / "raw.zarr"
+    ingest(folder, output, options=SERIAL)
+    tifffile.imwrite(folder / "slice_0002.tif", 255 - VOXELS[2], photometric="minisblack")
+    (output / "0" / "c" / "0" / "0" / "0").unlink()
+    ingest(folder, output, options=SERIAL)
+    assert np.array_equal(stored(output)[2], 255 - VOXELS[2])
+    own = Ledger(open_volume(output).url).own_statistics()
+    assert own is None or abs(own.mean[2] - (255 - VOXELS[2]).mean()) < 1e-9
+
+
 def test_slabs_hold_whole_slices_of_images_and_fit_into_memory(tmp_path: Path) -> None:
     for plane, dtype in (
         ((4000, 6000), "uint8"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from nrrn_pipeline import (
 )
 from nrrn_pipeline.errors import RunError
 from nrrn_pipeline.geometry import Box, Span
+from nrrn_pipeline.ingest_plan import IngestPlan
 from nrrn_pipeline.ledger import Ledger
 from nrrn_pipeline.pyramid import PyramidPlan, plan_pyramid
 from nrrn_pipeline.volume import Volume, open_levels, open_volume
@@ -234,18 +237,18 @@ def test_levels_of_a_volume_that_grows_on_are_deleted(tmp_path: Path) -> None:
     source = bare_zarr(tmp_path / "raw.zarr", VOXELS[:17], (4, 16, 16))
     options, output = Options(layout=SMALL.layout, cluster="serial"), tmp_path / "out.zarr"
     weights = tiny_weights(tmp_path / "w.safetensors")
-    looks = Following(every_s=0, settle_s=0)
-    follow(source, output, weights, options, looks)
-    assert open_volume(output).shape == (8, 50, 71)
-    add_levels(output, SMALL)
+    denoise(source, output, weights, replace(options, pyramid=True))
+    assert len(open_levels(output)) == 5
     array = zarr.open_array(source, mode="r+")
-    array.resize(VOXELS.shape)
-    array[17:] = VOXELS[17:]
-    follow(source, output, weights, options, looks)
-    assert open_volume(output).shape == (16, 50, 71)
+    array.resize((33, 50, 71))
+    array[17:] = image_like((16, 50, 71))
+    follow(source, output, weights, options, Following(every_s=0, settle_s=0))
+    assert open_volume(output).shape == (24, 50, 71)
     assert len(open_levels(output)) == 1
     assert not (output / "1").exists()
-    denoise(source, output, weights, Options(layout=SMALL.layout, cluster="serial", pyramid=True))
+    with pytest.raises(InputError, match="is growing: levels are added to what is complete"):
+        add_levels(output, SMALL)
+    denoise(source, output, weights, replace(options, pyramid=True))
     assert np.array_equal(level(output, 1), means(level(output, 0), (2, 2, 2)))
 
 
@@ -279,17 +282,86 @@ def test_on_object_storage(moto_s3: ObjectStore, tmp_path: Path) -> None:
 
 
 def test_what_cannot_have_levels_is_refused(tmp_path: Path, nrrn: Nrrn) -> None:
+    """Whatever others made stays as it is, also with --overwrite."""
     bare = bare_zarr(tmp_path / "bare.zarr", VOXELS)
-    with pytest.raises(InputError, match="is a bare array, which has no levels: make an OME-Zarr"):
-        add_levels(bare)
     path = volume_of(tmp_path)
+    group = zarr.open_group(tmp_path / "old.zarr", mode="w", zarr_format=2)
+    group.create_array("0", shape=VOXELS.shape, chunks=(4, 8, 8), dtype="uint8")[:] = VOXELS
+    scale = {"type": "scale", "scale": [1, 1, 1]}
+    axes = [{"name": name, "type": "space"} for name in "zyx"]
+    datasets = [{"path": "0", "coordinateTransformations": [scale]}]
+    group.attrs["multiscales"] = [{"version": "0.4", "axes": axes, "datasets": datasets}]
+    for foreign in (bare, tmp_path / "old.zarr"):
+        before = {file: file.read_bytes() for file in foreign.rglob("*") if file.is_file()}
+        for overwrite in (False, True):
+            with pytest.raises(InputError, match="was not made by nrrn: bring it in with nrrn ingest"):
+                add_levels(foreign, Options(cluster="serial", overwrite=overwrite))
+        assert before == {file: file.read_bytes() for file in foreign.rglob("*") if file.is_file()}
     zarr.create_array(path / "1", shape=(3, 3, 3), chunks=(3, 3, 3), dtype="uint8")
-    with pytest.raises(InputError, match=r"a\.zarr/1 exists and was not made by nrrn"):
-        add_levels(path, SMALL)
-    add_levels(path, Options(cluster="serial", overwrite=True))
-    assert np.array_equal(level(path, 1), means(VOXELS, (2, 2, 2)))
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"a\.zarr/1 exists and was not made by nrrn"):
+            add_levels(path, Options(cluster="serial", overwrite=overwrite))
     said = nrrn("denoise", path, tmp_path / "o.zarr", "--method", "mean", "--follow", "--every", "0", "--pyramid")
     assert "levels (pyramid) do not go together" in said.err
+
+
+def test_levels_are_added_to_what_is_complete_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "a.npy", VOXELS)
+    real, count = IngestPlan.voxels, [0]
+
+    def broken(plan: IngestPlan, slab: Any) -> NDArray[Any]:
+        count[0] += 1
+        if count[0] == 3:
+            raise KeyboardInterrupt
+        return real(plan, slab)
+
+    monkeypatch.setattr(IngestPlan, "voxels", broken)
+    with pytest.raises(KeyboardInterrupt):
+        ingest(tmp_path / "a.npy", tmp_path / "a.zarr", Intake(voxel_nm=(5, 5, 5)), SMALL)
+    with pytest.raises(InputError, match="is unfinished: levels are added to what is complete"):
+        add_levels(tmp_path / "a.zarr", SMALL)
+
+
+def test_a_volume_of_one_chunk_needs_no_levels(tmp_path: Path, nrrn: Nrrn) -> None:
+    path = volume_of(tmp_path, VOXELS[:4, :8, :8])
+    assert nrrn("pyramid", path, "--cluster", "serial").out == f"{path}: 0 levels below the full size\n"
+
+
+def test_levels_of_a_volume_that_was_moved_stay(tmp_path: Path) -> None:
+    path, options = volume_of(tmp_path), Options(layout=SMALL.layout, cluster="serial", method=Method(name="mean"))
+    denoise(path, tmp_path / "out.zarr", None, replace(options, pyramid=True))
+    (tmp_path / "out.zarr").rename(tmp_path / "new.zarr")
+    assert denoise(path, tmp_path / "new.zarr", None, options).level_slabs == 0
+    assert len(open_levels(tmp_path / "new.zarr")) == 5
+    assert verify(tmp_path / "new.zarr", deep=True) == []
+
+
+def test_a_level_that_is_gone_or_damaged_is_named_and_made_again(tmp_path: Path, nrrn: Nrrn) -> None:
+    path = volume_of(tmp_path)
+    add_levels(path, SMALL)
+    whole = [level(path, number) for number in range(5)]
+    shutil.rmtree(path / "2")
+    with open(path / "3" / "c" / "0" / "0" / "0", "r+b") as file:
+        file.write(b"damaged")
+    said = nrrn("verify", path, "--deep")
+    assert said.status == 1
+    assert "level 2: " in said.out
+    assert "level 3: slab z0-y0-x0" in said.out
+    said = nrrn("repair", path, "--cluster", "serial")
+    assert "of levels done again" in said.out
+    assert all(np.array_equal(level(path, number), voxels) for number, voxels in enumerate(whole))
+    assert nrrn("verify", path, "--deep").status == 0
+
+
+def test_what_was_ingested_is_brought_in_again_where_it_is_damaged(tmp_path: Path) -> None:
+    path = volume_of(tmp_path)
+    with open(path / "0" / "c" / "0" / "1" / "2", "r+b") as file:
+        file.write(b"damaged")
+    with pytest.raises(RunError, match="run the same nrrn ingest again"):
+        repair(path)
+    volume_of(tmp_path)
+    assert verify(path, deep=True) == []
+    assert np.array_equal(level(path, 0), VOXELS)
 
 
 def test_a_level_that_fails_leaves_the_others_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

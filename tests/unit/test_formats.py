@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -350,20 +351,178 @@ def test_axes_of_a_map_in_another_order_are_refused(tmp_path: Path) -> None:
         (["0005.tif", "0010.tif", "0020.tif", "0025.tif", "0030.tif"], 1),
         (["s_00001_z=0.0100um.tif", "s_00002_z=0.0200um.tif", "s_00003_z=0.0310um.tif"], 0),
         (["t1_s10.tif", "t1_s11.tif", "t1_s13.tif", "t1_s14.tif"], 1),
+        (["z0.5.tif", "z1.0.tif", "z2.0.tif"], 1),
+        ([f"s{n:04}.tif" for n in (*range(1, 101), *range(151, 251))], 50),
     ],
 )
 def test_the_number_that_counts_slices_is_found(names: list[str], missing: int) -> None:
-    numbers = running_numbers(names)
+    numbers = running_numbers("f", names)
     assert numbers is not None
     assert sum(numbers.missing_before(place) for place in range(1, len(names))) == missing
 
 
-@pytest.mark.parametrize("names", [["a.tif", "b.tif"], ["1.tif"], ["a1.tif", "b2.tif"], ["1.tif", "9.tif", "99.tif"]])
+@pytest.mark.parametrize("names", [["a.tif", "b.tif"], ["1.tif"], ["1.tif", "9.tif", "99.tif"]])
 def test_names_that_do_not_count_have_no_gaps(names: list[str]) -> None:
-    assert running_numbers(names) is None
+    assert running_numbers("f", names) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["s_1_ESB.tif", "s_1_InLens.tif", "s_2_ESB.tif", "s_2_InLens.tif"], "several kinds of names, s_#_ESB.tif"),
+        (["s_1_ch0.tif", "s_1_ch1.tif", "s_2_ch0.tif", "s_2_ch1.tif"], "no number in the names rises"),
+        (["slice_1.tif", "slice_01.tif"], "no number in the names rises"),
+    ],
+)
+def test_a_folder_of_several_detectors_channels_or_tiles_is_refused(
+    tmp_path: Path, names: list[str], words: str
+) -> None:
+    for name in names:
+        tiff(tmp_path / name, VOXELS[0])
+    assert words in refusal([tmp_path], lacking="skip")
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=2, max_size=50, unique=True))
 def test_natural_order_is_that_of_the_numbers(numbers: list[int]) -> None:
     names = sorted((f"slice_{number}.tif" for number in numbers), key=natural)
     assert names == [f"slice_{number}.tif" for number in sorted(numbers)]
+
+
+def test_decimals_are_in_the_order_of_their_values(tmp_path: Path) -> None:
+    for number, plane in zip(("0.25", "0.5", "0.75", "1.0"), VOXELS, strict=False):
+        tiff(tmp_path / f"z{number}.tif", plane)
+    assert np.array_equal(read(find_stack([tmp_path])), VOXELS[:4])
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape"), [("CYX", (2, 6, 8)), ("XYZ", (20, 6, 8)), ("YXZ", (6, 8, 5)), ("TZYX", (2, 3, 6, 8))]
+)
+def test_axes_that_are_no_slices_are_refused(tmp_path: Path, axes: str, shape: tuple[int, ...]) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, np.zeros(shape, np.uint8), metadata={"axes": axes}, photometric="minisblack")
+    assert "has the axes" in refusal([path])
+
+
+def test_several_images_in_one_file_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as file:
+        for _ in range(2):
+            file.write(VOXELS, photometric="minisblack", metadata={"axes": "ZYX"})
+    assert "holds 2 images" in refusal([path])
+
+
+def test_a_volume_that_is_stored_as_one_is_refused(tmp_path: Path) -> None:
+    path, voxels = tmp_path / "a.tif", np.zeros((32, 64, 64), np.uint8)
+    tifffile.imwrite(path, voxels, volumetric=True, tile=(16, 16, 16), photometric="minisblack")
+    refusal([path])
+
+
+def test_a_palette_of_greys_is_grey(tmp_path: Path) -> None:
+    ramp = np.stack([np.arange(256) * 257] * 3).astype(np.uint16)
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, VOXELS, photometric="palette", colormap=ramp)
+    assert np.array_equal(read(find_stack([path])), VOXELS)
+    tifffile.imwrite(path, VOXELS, photometric="palette", colormap=ramp[:, ::-1].copy())
+    assert "holds colours" in refusal([path])
+
+
+def test_units_of_each_axis_count_in_imagej(tmp_path: Path) -> None:
+    path, told = tmp_path / "a.tif", {"axes": "ZYX", "spacing": 8, "unit": "micron", "zunit": "nm"}
+    tiff(path, VOXELS, imagej=True, resolution=(200, 200), metadata=told)
+    assert find_stack([path]).voxel_nm == (8, 5, 5)
+
+
+def test_voxels_in_another_file_are_read_or_missed(tmp_path: Path) -> None:
+    hdf5(tmp_path / "source.h5", VOXELS, "d")
+    with h5py.File(tmp_path / "virtual.h5", "w") as file:
+        layout = h5py.VirtualLayout(VOXELS.shape, np.uint8)
+        layout[:] = h5py.VirtualSource("source.h5", "d", VOXELS.shape)
+        file.create_virtual_dataset("d", layout)
+    with h5py.File(tmp_path / "linked.h5", "w") as file:
+        file["d"] = h5py.ExternalLink("source.h5", "d")
+    assert np.array_equal(read(find_stack([tmp_path / "virtual.h5"])), VOXELS)
+    assert np.array_equal(read(find_stack([tmp_path / "linked.h5"], dataset="d")), VOXELS)
+    (tmp_path / "source.h5").unlink()
+    said = refusal([tmp_path / "virtual.h5"])
+    assert "refers to voxels in other files, which cannot be read from here: source.h5" in said
+
+
+@pytest.mark.parametrize(
+    ("shape", "tags", "found"),
+    [
+        ((7, 33, 45, 1), None, True),
+        ((1, 7, 33, 45, 1), None, True),
+        ((1, 7, 33, 45, 1), "tzyxc", True),
+        ((45, 33, 7), "xyz", False),
+        ((2, 7, 33, 45), "czyx", False),
+    ],
+)
+def test_single_axes_of_ilastik_are_left_out_and_others_refused(
+    tmp_path: Path, shape: tuple[int, ...], tags: str | None, found: bool
+) -> None:
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file["d"] = np.resize(VOXELS, shape)
+        if tags:
+            file["d"].attrs["axistags"] = json.dumps({"axes": [{"key": key} for key in tags]})
+    if found:
+        assert np.array_equal(read(find_stack([path])), VOXELS)
+    else:
+        assert f"axes {tags}" in refusal([path])
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [(0, "uint8"), (1, "int8")])
+def test_bytes_of_imod_have_a_sign_if_it_says_so(tmp_path: Path, flags: int, dtype: str) -> None:
+    path = mrc(tmp_path / "a.mrc", VOXELS.view(np.int8))
+    data = bytearray(path.read_bytes())
+    data[152:160] = np.array([1146047817, flags], "<i4").tobytes()
+    path.write_bytes(data)
+    assert np.array_equal(read(find_stack([path])), VOXELS.view(dtype))
+
+
+def test_bytes_and_sizes_that_mean_nothing_certain_are_said(tmp_path: Path) -> None:
+    path = mrc(tmp_path / "a.mrc", VOXELS.view(np.int8))
+    with mrcfile.open(path, "r+") as file:
+        file.voxel_size = 1.0
+    data = bytearray(path.read_bytes())
+    data[212:216] = bytes(4)  # the machine's stamp
+    path.write_bytes(data)
+    found = find_stack([path])
+    assert found.voxel_nm is None
+    assert "signed by the standard" in found.notes[0]
+    assert "1 x 1 x 1 angstrom" in found.notes[1]
+
+
+def test_voxels_of_a_lower_level_of_n5_are_larger(tmp_path: Path) -> None:
+    path = n5(tmp_path / "a.n5", VOXELS)
+    attributes = path / "setup0" / "s0" / "attributes.json"
+    attributes.write_text(json.dumps(json.loads(attributes.read_text()) | {"downsamplingFactors": [2, 2, 1]}))
+    assert find_stack([path], dataset="setup0/s0").voxel_nm == (8, 9, 10)
+
+
+def test_a_link_that_leads_nowhere_and_a_folder_are_slices_that_lack(tmp_path: Path) -> None:
+    folder = slices(tmp_path / "a", VOXELS)
+    (folder / "slice_7.tif").unlink()
+    (folder / "slice_7.tif").symlink_to("nowhere.tif")
+    (folder / "slice_8.tif").mkdir()
+    said = refusal([folder])
+    assert "slice_7.tif cannot be read: No such file" in said
+    assert "slice_8.tif cannot be read: Is a directory" in said
+
+
+@pytest.mark.parametrize("lacking", ["refuse", "blank", "skip"])
+def test_what_storage_refuses_is_never_a_slice_that_lacks(
+    tmp_path: Path, lacking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = slices(tmp_path / "a", VOXELS)
+
+    def refusing(url: str) -> Any:
+        raise PermissionError(13, "Permission denied", url)
+
+    monkeypatch.setattr("nrrn_pipeline.formats.images.find_tiff", refusing)
+    assert "Permission denied" in refusal([folder], lacking=lacking)
+
+
+def test_a_large_png_is_no_attack(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((14000, 13000), np.uint8)).save(tmp_path / "0.png", compress_level=1)
+    assert find_stack([tmp_path / "0.png"]).shape == (1, 14000, 13000)

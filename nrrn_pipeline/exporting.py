@@ -1,0 +1,86 @@
+"""From a volume to a file, or a folder of slices, that other tools read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+from numpy.typing import NDArray
+
+from nrrn_pipeline.errors import InputError, RunError
+from nrrn_pipeline.formats.writers import Written, writer_for
+from nrrn_pipeline.geometry import Box, Span, spans_of
+from nrrn_pipeline.places import absolute
+from nrrn_pipeline.preparing import Location
+from nrrn_pipeline.slabs import refuse_outside
+from nrrn_pipeline.volume import Volume, open_volume, read_box
+
+BAND_BYTES = 2**28  # of slices that are read at a time
+
+
+def export(
+    source: Location,
+    output: Location,
+    level: int = 0,
+    roi: Box | None = None,
+    progressed: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write a volume, or its part `roi`, as TIFF (ImageJ's; OME's if .ome.tif or large), MRC, HDF5, .npy, or a folder.
+
+    By the output's name: .tif, .mrc, .h5, .npy; without a suffix a folder of TIFF slices. It appears once it is whole.
+    progressed: is told how many slices are written, of how many.
+
+    Raises InputError if that cannot be, or there is something at `output`; RunError if it broke off, with nothing left.
+    """
+    volume = open_volume(source, level)
+    box = roi or volume.box
+    refuse_outside(box, volume.box)
+    path = absolute(output)
+    if "://" in path:
+        raise InputError(f"{path}: files of other formats are written to paths; copy them from there")
+    write = writer_for(path)
+    if os.path.lexists(path):
+        raise InputError(f"{path} exists: choose another output, or delete it")
+    what = Written(box.shape, volume.dtype, volume.voxel_nm)
+    stem, dot, suffix = os.path.basename(path).partition(".")
+    partial = os.path.join(os.path.dirname(path), f".{stem}.{os.getpid()}.partial{dot}{suffix}")
+    try:
+        write(partial, what, _planes(volume, box, progressed))
+        os.rename(partial, path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}; nothing is left of it") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):
+            os.unlink(partial)
+
+
+def _planes(volume: Volume, box: Box, progressed: Callable[[int, int], None] | None) -> Iterator[NDArray[Any]]:
+    """Slice after slice; while one band of them is written, the next is read."""
+    height, width = box.shape[1:]
+    fitting = max(1, BAND_BYTES // (height * width * volume.itemsize))
+    depth = min(volume.chunk[0], fitting)
+    bands = [Box(span, box.y, box.x) for span in _on_chunks(box.z, depth)]
+    done = 0
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(read_box, volume, bands[0])
+        for following in [*bands[1:], None]:
+            voxels = coming.result()
+            if following is not None:
+                coming = pool.submit(read_box, volume, following)
+            for plane in voxels:
+                yield plane
+                done += 1
+                if progressed is not None:
+                    progressed(done, len(box.z))
+
+
+def _on_chunks(z: Span, depth: int) -> Iterator[Span]:
+    """Pieces of `depth` slices that begin at multiples of it, so that no chunk is read twice."""
+    first = min(z.stop, z.start // depth * depth + depth)
+    yield Span(z.start, first)
+    yield from spans_of(Span(first, z.stop), depth)
