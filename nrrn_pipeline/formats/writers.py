@@ -77,14 +77,23 @@ def write_folder(path: str, what: Written, planes: Planes) -> None:
 
 def write_mrc(path: str, what: Written, planes: Planes) -> None:
     """MRC2014; 8-bit voxels as 16-bit ones."""
-    mode = MRC_MODES[what.dtype]
-    with mrcfile.new_mmap(path, what.shape, mrc_mode=mode, overwrite=True) as file:
-        for z, plane in enumerate(planes):
-            file.data[z] = plane
+    with mrcfile.new_mmap(path, what.shape, mrc_mode=MRC_MODES[what.dtype], overwrite=True) as file:
         file.set_volume()
         if what.voxel_nm:
             file.voxel_size = tuple(10 * size for size in what.voxel_nm[::-1])
-        file.update_header_stats()
+        dtype, offset = file.data.dtype, file.header.nbytes + file.extended_header.nbytes
+    low, high, sums, squares = np.inf, -np.inf, 0.0, 0.0
+    with open(path, "r+b") as raw:
+        raw.seek(offset)
+        for plane in planes:
+            raw.write(plane.astype(dtype).tobytes())
+            low, high = min(low, float(plane.min())), max(high, float(plane.max()))
+            sums += float(plane.sum(dtype=np.float64))
+            squares += float(np.square(plane, dtype=np.float64).sum())
+    count = what.bytes / np.dtype(what.dtype).itemsize
+    with mrcfile.mmap(path, "r+") as file:
+        file.header.dmin, file.header.dmax, file.header.dmean = low, high, sums / count
+        file.header.rms = max(0.0, squares / count - (sums / count) ** 2) ** 0.5
 
 
 def write_hdf5(path: str, what: Written, planes: Planes) -> None:
@@ -102,10 +111,11 @@ def write_hdf5(path: str, what: Written, planes: Planes) -> None:
 
 def write_npy(path: str, what: Written, planes: Planes) -> None:
     """NumPy's; the size of voxels has no place in it."""
-    file = np.lib.format.open_memmap(path, "w+", what.dtype, what.shape)
-    for z, plane in enumerate(planes):
-        file[z] = plane
-    file.flush()
+    header = {"descr": np.dtype(what.dtype).str, "fortran_order": False, "shape": what.shape}
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for plane in planes:
+            file.write(plane.tobytes())
 
 
 WRITERS: dict[tuple[str, ...], Writer] = {
