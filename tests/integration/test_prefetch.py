@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from distributed import Client, LocalCluster
 
-from nrrn_pipeline import Layout, api, slab
+from nrrn_pipeline import Layout, api, slab, writing
 from nrrn_pipeline.cost import worker_bytes
 from nrrn_pipeline.planning import DenoisePlan, plan_denoise
 from nrrn_pipeline.preparing import describe_weights
@@ -36,9 +36,9 @@ class Witness:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, patient: bool) -> None:
         self.events: list[str] = []
         self.read, self.patient = threading.Semaphore(0), patient
-        self.compute, self.read_box, self.write_box = slab.denoise_voxels, slab.read_box, slab.write_box
-        for name in ("read_box", "write_box"):
-            monkeypatch.setattr(slab, name, self.seen(name))
+        self.compute, self.read_box, self.write_box = slab.denoise_voxels, slab.read_box, writing.write_box
+        monkeypatch.setattr(slab, "read_box", self.seen("read_box"))
+        monkeypatch.setattr(writing, "write_box", self.seen("write_box"))
         monkeypatch.setattr(slab, "denoise_voxels", self.computed)
 
     def seen(self, name: str) -> Any:

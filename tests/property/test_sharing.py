@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nrrn_pipeline import Layout, Options, denoise, presence, sharing, storage, verify
+from nrrn_pipeline import Layout, Options, denoise, presence, run, storage, verify
 from nrrn_pipeline.members import Member, Share
 from nrrn_pipeline.preparing import make_plan
 from nrrn_pipeline.runners import ThreadRunner, run_serially
@@ -72,7 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def noted() -> Iterator[Counter[str]]:
     """How often each slab is denoised; members look often what others do."""
-    denoised, lock, leave, real = Counter[str](), threading.Lock(), Member.leave, sharing.denoise_slab
+    denoised, lock, leave, real = Counter[str](), threading.Lock(), Member.leave, run.denoise_slab
 
     def denoise_slab(plan: Any, device: str, task: Any) -> Any:
         with lock:
@@ -86,7 +86,7 @@ def noted() -> Iterator[Counter[str]]:
             leave(member)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharing, "denoise_slab", denoise_slab)
+        patch.setattr(run, "denoise_slab", denoise_slab)
         patch.setattr(Member, "leave", leave_or_vanish)
         patch.setattr(presence, "LOOK_S", 0.01)
         patch.setattr(presence, "RENEW_S", 0.05)
