@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.formats import Stack
-from nrrn_pipeline.geometry import Cut, Shape, box_of, spans_of
+from nrrn_pipeline.geometry import Shape
 from nrrn_pipeline.ome import Triple
 from nrrn_pipeline.places import absolute
-from nrrn_pipeline.slabs import CHUNK, SHARD, CopyPlan, Layout, Slab, Slabs, cut
+from nrrn_pipeline.slabs import CHUNK, SHARD, CopyPlan, Layout, Slab, cut
 from nrrn_pipeline.volume import DTYPES, Volume
 
 ALGORITHM = 1  # raised whenever the same settings would give other voxels than before
@@ -42,12 +42,6 @@ class IngestPlan(CopyPlan):
         return self.stack.url
 
     @property
-    def slabs(self) -> Slabs:
-        """All slabs, in storage order; they read what they write."""
-        axes = zip(box_of(self.target.shape).spans, self.slab, strict=True)
-        return Slabs(*([Cut(keep, keep) for keep in spans_of(span, step)] for span, step in axes))
-
-    @property
     def settings(self) -> dict[str, Any]:
         """See Plan."""
         return {
@@ -55,12 +49,8 @@ class IngestPlan(CopyPlan):
             "ingested": self.stack.url,
             "files": self.stack.fingerprint,
             "source shape": list(self.stack.shape),
-            "dtype": self.target.dtype,
             "voxel size": list(self.target.voxel_size),
-            "roi": str(self.target.box),
-            "slab": list(self.slab),
-            "shard": list(self.target.write_unit),
-            "chunk": list(self.target.chunk),
+            **self.target_settings,
         }
 
     @property

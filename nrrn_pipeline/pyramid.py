@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.geometry import Box, Cut, Shape, Span, box_of, spans_of
-from nrrn_pipeline.slabs import CopyPlan, Slab, Slabs, fitted
+from nrrn_pipeline.geometry import Box, Shape, Span, box_of
+from nrrn_pipeline.slabs import CopyPlan, Slab, fitted
 from nrrn_pipeline.volume import Volume, get_provenance, open_volume, read_box
 
 ALGORITHM = 1  # raised whenever the same settings would give other voxels than before
@@ -42,20 +42,14 @@ class PyramidPlan(CopyPlan):
         return f"level {self.target.level_path}"
 
     @property
-    def root_url(self) -> str:
-        """The level's array: the group, and its other levels, stay."""
-        return self.target.url
-
-    @property
     def source_url(self) -> str:  # type: ignore[override]
         """The level before."""
         return self.source.url
 
     @property
-    def slabs(self) -> Slabs:
-        """One a shard."""
-        axes = zip(self.target.box.spans, self.target.write_unit, strict=True)
-        return Slabs(*([Cut(keep, keep) for keep in spans_of(span, step)] for span, step in axes))
+    def slab(self) -> Shape:  # type: ignore[override]
+        """A shard."""
+        return self.target.write_unit
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -65,11 +59,7 @@ class PyramidPlan(CopyPlan):
             "level of": self.source.level_path,
             "factors": list(self.factors),
             "source shape": list(self.source.shape),
-            "dtype": self.target.dtype,
-            "roi": str(self.target.box),
-            "slab": list(self.target.write_unit),
-            "shard": list(self.target.write_unit),
-            "chunk": list(self.target.chunk),
+            **self.target_settings,
         }
 
     @property

@@ -275,7 +275,7 @@ def forget_above(plan: Plan, recorded: set[str]) -> None:
             changes = ledger.keys_changed(level)
         if grown := grown or (bool(changes) and changes <= GROWTH):
             set_level(level.target, there=False)
-            storage.remove_all_but(ledger.url, "drivers")
+            storage.remove_tree(ledger.url)  # first: a record must never outlive its voxels
             storage.remove_tree(level.target.url)
         elif changed := covering(level, changed):
             if is_zarr(level.root_url):  # it may have been killed before it made the array

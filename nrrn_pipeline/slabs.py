@@ -17,7 +17,7 @@ from typing import Any, overload
 from numpy.typing import NDArray
 
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.geometry import Box, Cut, Shape
+from nrrn_pipeline.geometry import Box, Cut, Shape, spans_of
 from nrrn_pipeline.volume import MAX_AXIS, Volume, refuse_unwritable
 
 CHUNK: Shape = (16, 256, 256)  # 1 MiB of uint8: what a viewer fetches at a time
@@ -113,8 +113,8 @@ class Plan(ABC):
 
     @property
     def root_url(self) -> str:
-        """What is made, or made anew, as a whole, and tells in its attribute `nrrn` how: the group."""
-        return self.group_url
+        """What is made, or made anew, as a whole, and tells in its attribute `nrrn` how: the group, or a level."""
+        return self.target.url if self.is_level else self.group_url
 
     @property
     def is_level(self) -> bool:
@@ -156,7 +156,25 @@ class CopyPlan(Plan):
     """
 
     source_url: str
+    slab: Shape
     measures: bool = False
+
+    @property
+    def slabs(self) -> Slabs:
+        """All slabs, in storage order; they read what they write."""
+        axes = zip(self.target.box.spans, self.slab, strict=True)
+        return Slabs(*([Cut(keep, keep) for keep in spans_of(span, step)] for span, step in axes))
+
+    @property
+    def target_settings(self) -> dict[str, Any]:
+        """Those of the settings that are of the target alone."""
+        return {
+            "dtype": self.target.dtype,
+            "roi": str(self.target.box),
+            "slab": list(self.slab),
+            "shard": list(self.target.write_unit),
+            "chunk": list(self.target.chunk),
+        }
 
     @property
     @abstractmethod

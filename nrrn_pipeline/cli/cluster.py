@@ -6,10 +6,7 @@ from typing import Annotated
 
 import typer
 
-from nrrn_pipeline.cli.options import (
-    Device,
-    StorageOptions,
-)
+from nrrn_pipeline.cli.options import Device, StorageOptions
 from nrrn_pipeline.cli.terminal import err, out, print_rows
 from nrrn_pipeline.cluster import load_settings, make_keys
 from nrrn_pipeline.cost import counted

@@ -11,10 +11,7 @@ import typer
 
 from nrrn_pipeline import api
 from nrrn_pipeline.checking import check
-from nrrn_pipeline.cli.options import (
-    Output,
-    StorageOptions,
-)
+from nrrn_pipeline.cli.options import Output, StorageOptions
 from nrrn_pipeline.cli.terminal import by_text, duration_text, err, out, print_rows, progress_bar
 from nrrn_pipeline.cost import bytes_text, counted
 from nrrn_pipeline.errors import readable

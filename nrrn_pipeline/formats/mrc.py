@@ -9,7 +9,7 @@ from mrcfile import dtypes, utils
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.formats.parts import Found, Raw, opened, refuse_unfit, size_of
+from nrrn_pipeline.formats.parts import Found, Raw, opened, refuse_cut_short, refuse_unfit, size_of
 from nrrn_pipeline.ome import nm_of
 
 SUFFIXES = (".mrc", ".mrcs", ".map", ".rec", ".st", ".ccp4")
@@ -46,9 +46,7 @@ def find_mrc(url: str) -> Found:
     part = Raw(url, refuse_unfit(url, shape, "its shape"), stored.str, offset)
     wanted = offset + int(np.prod(shape, dtype=object)) * stored.itemsize
     with opened(url) as file:
-        found = size_of(file)
-    if found < wanted:
-        raise InputError(f"{url} is cut short: it has {found} bytes of {wanted}; copy it again")
+        refuse_cut_short(url, size_of(file), wanted)
     return Found(part, nm_of(angstrom, ["angstrom"] * 3), tuple(notes))
 
 

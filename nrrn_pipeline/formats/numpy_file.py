@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.formats.parts import Found, Raw, opened, refuse_unfit, size_of
+from nrrn_pipeline.formats.parts import Found, Raw, opened, refuse_cut_short, refuse_unfit, size_of
 
 SUFFIXES = (".npy",)
 
@@ -26,6 +26,5 @@ def find_npy(url: str) -> Found:
     if fortran or dtype.hasobject:
         raise InputError(f"{url} is in Fortran's order, or holds objects: save numpy.ascontiguousarray of it")
     wanted = offset + int(np.prod(shape, dtype=object)) * dtype.itemsize
-    if size < wanted:
-        raise InputError(f"{url} is cut short: it has {size} bytes of {wanted}; copy it again")
+    refuse_cut_short(url, size, wanted)
     return Found(Raw(url, refuse_unfit(url, shape, "its shape"), dtype.str, offset))

@@ -89,24 +89,6 @@ class Raw(Part):
 
 
 @dataclass(frozen=True)
-class Blank(Part):
-    """Slices of nothing, in the place of slices that are lacking; denoising leaves them out."""
-
-    url: str
-    shape: Shape
-    dtype: str
-
-    @property
-    def unit(self) -> Shape:
-        """Any."""
-        return 1, 1, 1
-
-    def read(self, box: Box) -> NDArray[Any]:
-        """Zeros."""
-        return np.zeros(box.shape, self.dtype)
-
-
-@dataclass(frozen=True)
 class Stored(Part):
     """A volume in Zarr."""
 
@@ -155,6 +137,12 @@ def size_of(file: BinaryIO) -> int:
     end = file.seek(0, os.SEEK_END)
     file.seek(at)
     return end
+
+
+def refuse_cut_short(url: str, found: int, wanted: int) -> None:
+    """Raises InputError for a file of fewer bytes than it should have."""
+    if found < wanted:
+        raise InputError(f"{url} is cut short: it has {found} bytes of {wanted}; copy it again")
 
 
 def refuse_unfit(url: str, shape: tuple[int, ...], what: str) -> Shape:

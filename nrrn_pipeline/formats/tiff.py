@@ -16,15 +16,14 @@ import tifffile
 from numpy.typing import NDArray
 
 from nrrn_pipeline.errors import InputError, StorageError
-from nrrn_pipeline.formats.parts import Found, Part, Raw, opened, size_of
+from nrrn_pipeline.formats.parts import Found, Part, Raw, opened, refuse_cut_short, size_of
 from nrrn_pipeline.geometry import Box, Shape
 from nrrn_pipeline.ome import Triple, nm_of
 
 SUFFIXES = (".tif", ".tiff", ".btf", ".tf8", ".tf2")
 PALETTE = 3
-BROKEN = re.compile(
-    r"page offset|series|corrupt|missing data", re.IGNORECASE
-)  # of what tifffile says; all else is of tags
+# of what tifffile says; all else is of tags
+BROKEN = re.compile(r"page offset|series|corrupt|missing data", re.IGNORECASE)
 DEPTH = "ZTIQ"  # axes that slices may lie along: z, time, a sequence, or of no name
 GREY = (0, 1)  # photometric interpretations: white is zero, black is zero
 
@@ -150,8 +149,7 @@ def _refuse_cut_short(url: str, tiff: tifffile.TiffFile, size: int) -> None:
         pages: list[Any] = [page for page in series.pages if page is not None]
         for page in pages:
             end = max(end, *map(sum, zip(page.dataoffsets, page.databytecounts, strict=True)))
-        if end > size:
-            raise InputError(f"{url} is cut short: it has {size} bytes of {end}; copy it again")
+        refuse_cut_short(url, size, end)
 
 
 def _voxel_nm(tiff: tifffile.TiffFile) -> Triple | None:

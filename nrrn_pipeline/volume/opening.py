@@ -47,11 +47,6 @@ def open_volume(url: str | os.PathLike[str], level: int = 0, dtypes: tuple[str, 
     return describe(array, inner, chosen, dtypes)
 
 
-def open_levels(url: str | os.PathLike[str]) -> list[Volume]:
-    """All levels of an OME-Zarr image, finest first; or a bare array alone. Raises what open_volume raises."""
-    return [open_volume(url, level) for level in range(count_levels(url))]
-
-
 def count_levels(url: str | os.PathLike[str]) -> int:
     """How many levels a group's metadata name; of a bare array 1."""
     node = _open_node(absolute(url))

@@ -38,7 +38,7 @@ from nrrn_pipeline.geometry import Box, Span
 from nrrn_pipeline.ingest_plan import IngestPlan
 from nrrn_pipeline.ledger import Ledger
 from nrrn_pipeline.pyramid import PyramidPlan, plan_pyramid
-from nrrn_pipeline.volume import Volume, open_levels, open_volume
+from nrrn_pipeline.volume import Volume, count_levels, open_volume
 from tests.commands import Nrrn
 from tests.servers import ObjectStore
 from tests.support import bare_zarr, image_like, tiny_weights
@@ -52,6 +52,10 @@ def volume_of(folder: Path, voxels: NDArray[Any] = VOXELS, nm: tuple[float, floa
     np.save(folder / "a.npy", voxels)
     ingest(folder / "a.npy", folder / "a.zarr", Intake(voxel_nm=nm), SMALL)
     return folder / "a.zarr"
+
+
+def open_levels(path: Path) -> list[Volume]:
+    return [open_volume(path, number) for number in range(count_levels(path))]
 
 
 def level(path: Path | str, number: int) -> NDArray[Any]:
