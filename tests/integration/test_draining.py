@@ -64,7 +64,7 @@ class Scene:
 
     def worker(self, name: str, threads: int = 2, **environment: str) -> subprocess.Popen[bytes]:
         process = self.start(name, threads, **environment)
-        until(lambda: name in self.states())
+        until(lambda: self.states().get(name, "init") != "init")  # before that the scheduler gives it nothing
         return process
 
     def start(self, name: str, threads: int = 2, **environment: str) -> subprocess.Popen[bytes]:
