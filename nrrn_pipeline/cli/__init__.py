@@ -7,8 +7,9 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from io import TextIOWrapper
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -17,14 +18,35 @@ from nrrn_pipeline.errors import LostError, NrrnError
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
-    cls=LazyGroup, no_args_is_help=True, pretty_exceptions_enable=False, help="Denoise FIB-SEM volumes with NRRN."
-)
+FIRST_STEPS = """To begin with:
+
+nrrn ingest slices/ raw.zarr --voxel-nm 5,5,5
+
+nrrn denoise raw.zarr clean.zarr --weights nrrn-fast
+
+nrrn report clean.zarr --out report.html"""
+
+app = typer.Typer(cls=LazyGroup, no_args_is_help=True, pretty_exceptions_enable=False, epilog=FIRST_STEPS)
 
 
 @app.callback()
-def nrrn() -> None:
-    """Denoise FIB-SEM volumes with NRRN."""  # without this typer has nothing to build
+def nrrn(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            callback=lambda asked: _say_version() if asked else None,
+            help="Say which version this is.",
+        ),
+    ] = False,
+) -> None:
+    """Denoise FIB-SEM volumes with NRRN. Each command has --help, with an example."""
+
+
+def _say_version() -> NoReturn:
+    typer.echo(f"nrrn-pipeline {metadata.version('nrrn-pipeline')}")
+    raise typer.Exit
 
 
 INTERRUPTED, TERMINATED = (128 + number for number in (signal.SIGINT, signal.SIGTERM))  # what a shell calls them

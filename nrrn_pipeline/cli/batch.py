@@ -20,8 +20,8 @@ from nrrn_pipeline.batch import (
     table_of,
     watch_batch,
 )
-from nrrn_pipeline.cli.options import WORDS, takes_options
-from nrrn_pipeline.cli.terminal import Watch, err, print_columns, progress_bar
+from nrrn_pipeline.cli.options import WORDS, Json, takes_options
+from nrrn_pipeline.cli.terminal import Watch, err, notes, print_columns, print_json, progress_bar
 from nrrn_pipeline.cost import counted
 from nrrn_pipeline.errors import GO_ON, readable
 from nrrn_pipeline.progress import Progress as RunProgress
@@ -38,7 +38,7 @@ class BatchBar(Watch, BatchWatch):
         """Say which, and begin its bars."""
         for task in self.tasks.values():
             self.bar.reset(task, visible=False)
-        err.print(readable(f"{job.source}: volume {number} of {total}"))
+        notes.print(readable(f"{job.source}: volume {number} of {total}"))
 
     def progressed(self, progress: RunProgress) -> None:
         """Move the bar on, from planning on."""
@@ -58,7 +58,7 @@ class BatchBar(Watch, BatchWatch):
 
     def noted(self, text: str) -> None:
         """Say it."""
-        err.print(readable(text))
+        notes.print(readable(text))
 
 
 @takes_options(WORDS - {"roi", "overwrite", "shard_of"})
@@ -83,6 +83,7 @@ def batch(
     every: Annotated[
         float, typer.Option(help="Seconds between looks; a volume is written when two looks find the same files.")
     ] = 60.0,
+    as_json: Json = False,
 ) -> None:
     """Denoise many volumes, one after the other on one cluster. Run it again: it does what is left or has been mended.
 
@@ -100,13 +101,17 @@ def batch(
         results = {result.job: result for result in ended}  # in the manifest's order
     finally:  # also of what an interrupted batch has done
         if results:
-            _print_table([*results.values()])
+            _print_table([*results.values()], as_json)
     raise typer.Exit(exit_status([*results.values()]))
 
 
-def _print_table(results: Sequence[Result]) -> None:
+def _print_table(results: Sequence[Result], as_json: bool) -> None:
     """All volumes; how many, on standard error."""
-    print_columns(table_of(results))
+    if as_json:
+        columns, *lines = table_of(results)
+        print_json({"volumes": [dict(zip(columns, line, strict=True)) for line in lines]})
+    else:
+        print_columns(table_of(results))
     states = [result.state for result in results]
     counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
     err.print(f"{counted(len(results), 'volume')}: {counts}")

@@ -43,6 +43,8 @@ def cluster_keys(
 
     Copy FOLDER to every machine, readable by you alone. Start scheduler and workers with DASK_CONFIG=FOLDER, and
     denoise with --cluster tls://HOST:8786 --keys FOLDER.
+
+    Example: nrrn cluster keys keys --host gpu1.lab --host gpu2.lab
     """
     made = make_keys(folder, host or (), days)
     out.print(f"{made}: certificates for {counted(days, 'day')}; start dask with DASK_CONFIG={made}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -12,13 +13,25 @@ from nrrn_pipeline.cli.options import (
     WORDS,
     Every,
     Follow,
+    Json,
+    Made,
     Output,
     Settle,
     Source,
     parse_following,
     takes_options,
 )
-from nrrn_pipeline.cli.terminal import Watch, by_text, duration_text, network_text, out, print_rows, progress_bar
+from nrrn_pipeline.cli.terminal import (
+    Watch,
+    by_text,
+    duration_text,
+    facts_of,
+    network_text,
+    out,
+    print_json,
+    print_rows,
+    progress_bar,
+)
 from nrrn_pipeline.cost import bytes_text, counted
 from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import GO_ON, readable
@@ -34,6 +47,7 @@ def denoise(
     every: Every = None,
     settle: Settle = None,
     profile: Annotated[bool, typer.Option("--profile", help="Say where the time went, and what held it up.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Denoise SRC into DST. Interrupted? Run the same command again: it goes on where it was.
 
@@ -45,6 +59,9 @@ def denoise(
             summary = following.follow(source, output, weights, options, looks, Watch(bar))
         else:
             summary = api.denoise(source, output, weights, options, Watch(bar))
+    if as_json:
+        print_json({"output": output, "state": "waiting"} if summary is None else facts_of(summary))
+        return
     if summary is None:
         out.print(f"{output}: no new slab of {source} is whole yet")
         return
@@ -69,10 +86,18 @@ def plan(
     output: Output,
     options: api.Options,
     weights: Annotated[str | None, typer.Option(help="Weights (default: the paper's network is assumed).")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Say what nrrn denoise would do with the same words, and what it would take. Writes nothing."""
+    """Say what nrrn denoise would do with the same words, and what it would take. Writes nothing.
+
+    Example: nrrn plan raw.zarr clean.zarr --weights lab.safetensors
+    """
     forecast = api.plan(source, output, weights, options)
     made, cost = forecast.plan, forecast.cost
+    if as_json:
+        told = {"output": made.group_url, "settings": made.settings, **asdict(cost), "workers": forecast.workers}
+        print_json(told | {"seconds": forecast.seconds})
+        return
     denoiser = made.denoiser
     if isinstance(denoiser, Weights):
         method = network_text(denoiser.architecture) + ("" if weights else ": the paper's, as no --weights are given")
@@ -97,9 +122,10 @@ def plan(
 
 @takes_options(WHERE | {"precision"})
 def repair(
-    output: Output,
+    output: Made,
     options: api.Options,
     weights: Annotated[str | None, typer.Option(help="If the weights have moved since.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Denoise again exactly the slabs of DST that nrrn verify --deep finds damaged, with the settings it was made with.
 
@@ -107,6 +133,9 @@ def repair(
     """
     with progress_bar(GO_ON) as bar:
         problems, summary = api.repair(output, weights, options, Watch(bar))
+    if as_json:
+        print_json({"problems": problems, **({} if summary is None else facts_of(summary))})
+        return
     for problem in problems:
         out.print(readable(problem))
     if summary is None:

@@ -10,8 +10,9 @@ from nrrn_pipeline import api
 from nrrn_pipeline.cli.options import (
     LAYOUT,
     WHERE,
+    Json,
     LevelNumber,
-    Output,
+    Made,
     Roi,
     Source,
     StorageOptions,
@@ -19,7 +20,7 @@ from nrrn_pipeline.cli.options import (
     parse_numbers,
     takes_options,
 )
-from nrrn_pipeline.cli.terminal import Watch, by_text, err, out, progress_bar
+from nrrn_pipeline.cli.terminal import Watch, by_text, facts_of, notes, out, print_json, progress_bar
 from nrrn_pipeline.cost import bytes_text, counted
 from nrrn_pipeline.errors import GO_ON, InputError, readable
 from nrrn_pipeline.exporting import export as write_file
@@ -49,6 +50,7 @@ def ingest(
     lacking: Annotated[
         str, typer.Option(help="Of slices that are missing, cut short or of another size: refuse, blank, skip.")
     ] = "refuse",
+    as_json: Json = False,
 ) -> None:
     """Bring the microscope's files into one OME-Zarr volume. Interrupted? Run the same command again.
 
@@ -59,12 +61,15 @@ def ingest(
     size = parse_numbers("voxel-nm", voxel_nm)
     made = planned(paths[:-1], paths[-1], Intake(size, as_dtype, dataset, lacking), options)
     for note in made.stack.notes:
-        err.print(readable(f"note: {note}"))
+        notes.print(readable(f"note: {note}"))
     if not made.target.in_nm:
-        err.print("note: the files do not say how large voxels are: give --voxel-nm Z,Y,X if you know")
+        notes.print("note: the files do not say how large voxels are: give --voxel-nm Z,Y,X if you know")
     with progress_bar(GO_ON) as bar:
         summary = api.run_planned(made, options, Watch(bar))
     target = made.target
+    if as_json:
+        print_json(facts_of(summary) | {"shape": target.shape, "dtype": target.dtype, "voxel_nm": target.voxel_nm})
+        return
     size_text = f", voxels of {by_text(target.voxel_size)} nm" if target.in_nm else ""
     done = counted(summary.slabs, "slab") + (f", {summary.resumed} of them done before" if summary.resumed else "")
     out.print(f"{made.group_url}: {by_text(target.shape)} {target.dtype}{size_text}; complete, {done}")
@@ -75,11 +80,13 @@ def ingest(
 
 
 @takes_options((WHERE - {"device"}) | {"overwrite", "shard_of"})
-def pyramid(output: Output, options: Options) -> None:
+def pyramid(output: Made, options: Options) -> None:
     """Add levels of lower resolution to DST, for viewers: means of 2 x 2 x 2 voxels, until all of it is one chunk.
 
     Axes with longer voxels are left until the others are as long. Run again, it goes on where it was, and makes good
-    what is torn. Example: nrrn pyramid clean.zarr
+    what is torn.
+
+    Example: nrrn pyramid clean.zarr
     """
     with progress_bar(GO_ON) as bar:
         levels = api.add_levels(output, options, Watch(bar))

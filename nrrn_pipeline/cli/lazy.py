@@ -1,12 +1,15 @@
-"""Commands whose modules are imported when they are called: help, completion and workers need none of them."""
+"""Commands whose modules are imported when they are called: help, completion and workers need none of them.
+
+Once loaded, each gets what all have in common: --quiet, and its options in groups.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperCommand, TyperGroup, TyperOption
 from typer.main import get_command
 
 COMMANDS = {  # name: module of this package, what to call there, a line of help
@@ -29,6 +32,14 @@ COMMANDS = {  # name: module of this package, what to call there, a line of help
     "submit": ("submit", "submit_app", "Runs as jobs of a batch system."),
     "weights": ("weights", "weights_app", "Weights files."),
     "cluster": ("cluster", "cluster_app", "Dask clusters."),
+}
+
+
+PANELS = {  # of help: the options that go together, by their parameters' names
+    "Method": {"images", "stats", "method", "stitch", "precision"},
+    "Layout of DST, and of the work": {"tile", "halo", "slab", "chunk", "shard"},
+    "Volumes that still grow": {"follow", "every", "settle"},
+    "Where and how it runs": {"cluster", "keys", "workers", "prefetch", "device", "shard_of", "storage_options"},
 }
 
 
@@ -58,4 +69,49 @@ def loaded(name: str) -> Any:
         found = app
     command = get_command(found)
     command.name = name
+    _furnish(command)
     return command
+
+
+def _furnish(command: Any) -> None:
+    """Give a command, or those of a group, --quiet, and its options their places in help."""
+    for each in getattr(command, "commands", {}).values():
+        _furnish(each)
+    if isinstance(command, TyperGroup):
+        return
+    for panel, names in PANELS.items():
+        for option in command.params:
+            if isinstance(option, TyperOption) and option.name in names:
+                option.rich_help_panel = panel
+    command.params.append(_quiet_option())
+
+
+def _be_quiet(context: typer.Context, quiet: bool) -> None:
+    """Until the command ends."""
+    from nrrn_pipeline.cli.terminal import notes  # with all that the command has loaded already
+
+    if quiet:
+        notes.quiet = True
+        context.call_on_close(lambda: setattr(notes, "quiet", False))
+
+
+def _quiet_option() -> Any:
+    """As typer makes it of a parameter."""
+    app = typer.Typer(add_completion=False)
+
+    @app.command()
+    def carrier(
+        quiet: Annotated[
+            bool,
+            typer.Option(
+                "--quiet",
+                "-q",
+                callback=_be_quiet,
+                expose_value=False,
+                help="No progress and no notes: results and errors only.",
+            ),
+        ] = False,
+    ) -> None:
+        """Of an option."""
+
+    return get_command(app).params[0]

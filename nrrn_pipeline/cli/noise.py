@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import numpy as np
@@ -12,6 +13,7 @@ from nrrn_pipeline.cli.options import (
     BOX,
     LAYOUT,
     WHERE,
+    Json,
     LevelNumber,
     Output,
     Source,
@@ -19,7 +21,7 @@ from nrrn_pipeline.cli.options import (
     parse_box,
     takes_options,
 )
-from nrrn_pipeline.cli.terminal import Watch, out, print_rows, progress_bar
+from nrrn_pipeline.cli.terminal import Watch, out, print_json, print_rows, progress_bar
 from nrrn_pipeline.cost import counted
 from nrrn_pipeline.errors import GO_ON, InputError
 from nrrn_pipeline.network import Architecture
@@ -39,6 +41,7 @@ def noise(
     level: LevelNumber = 0,
     roi: Annotated[str | None, typer.Option(metavar=BOX, help="Measure this part only.")] = None,
     plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="Noise by signal and by slice, drawn.")] = None,
+    as_json: Json = False,
     storage_options: StorageOptions = None,  # noqa: ARG001
 ) -> None:
     """Measure the noise of SRC: how strong, on which signal, in which slices, and whether it is white.
@@ -53,7 +56,11 @@ def noise(
     if part is not None:
         refuse_outside(part, volume.box)
     found = measure_volume(volume, part)
-    print_rows(_rows(found))
+    if as_json:
+        loss, why = loss_for(found, Architecture.published("nrrn"))
+        print_json(asdict(found) | {"white": found.white, "loss": loss, "why": why})
+    else:
+        print_rows(_rows(found))
     if plot is not None:
         storage.write_file(absolute(plot), noise_curves(found))
 

@@ -84,6 +84,8 @@ Settle = Annotated[
 ]
 Keys = Annotated[str | None, typer.Option(help="Folder with the cluster's certificates, by nrrn cluster keys.")]
 Prefetch = Annotated[bool, typer.Option(help="Read the next slab, and write the last, while one computes.")]
+Json = Annotated[bool, typer.Option("--json", help="The result as one line of JSON, for scripts.")]
+Made = Annotated[str, typer.Argument(metavar="DST", help="A volume that nrrn wrote, or writes.")]
 StorageOptions = Annotated[
     str | None,
     typer.Option(

@@ -1,24 +1,58 @@
-"""What a person sees: lines on standard output, progress and errors on standard error."""
+"""What a person sees: results on standard output; progress, notes and errors on standard error.
+
+Where that is no terminal, as in the log of a job, progress is a line now and then; in a notebook it is a bar.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from nrrn_pipeline import api
 from nrrn_pipeline.cost import counted
-from nrrn_pipeline.errors import readable
+from nrrn_pipeline.errors import GO_ON, readable
 from nrrn_pipeline.network import Architecture
 from nrrn_pipeline.progress import Progress as RunProgress
 from nrrn_pipeline.slabs import Plan
 from nrrn_pipeline.training.processes import say_once
 
-out, err = (Console(stderr=stderr, soft_wrap=True, markup=False, highlight=False) for stderr in (False, True))
+out, notes, err = (  # results; what --quiet leaves out; errors
+    Console(stderr=stderr, soft_wrap=True, markup=False, highlight=False) for stderr in (False, True, True)
+)
+LINE_EVERY_S = 30.0
+
+
+class LogLines(Progress):
+    """Progress where nothing can be drawn over: a line every LINE_EVERY_S, and one when a task is done."""
+
+    def __init__(self) -> None:
+        super().__init__(disable=True)  # the drawing alone: tasks and their speeds are kept
+        self._said: dict[TaskID, float] = {}
+
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        """As Progress does; and say how far the task is, if it is time to."""
+        ended = self.tasks[self.task_ids.index(task_id)].finished
+        super().update(task_id, **changes)
+        task = self.tasks[self.task_ids.index(task_id)]
+        now = self.get_time()
+        if (task.finished and not ended) or now >= self._said.setdefault(
+            task_id, task.start_time or now
+        ) + LINE_EVERY_S:
+            self._said[task_id] = now
+            left = task.time_remaining
+            told = (
+                f"{task.description}: {task.completed:g}" + (f" of {task.total:g}" if task.total is not None else ""),
+                task.fields.get("speed"),
+                f"{duration_text(left)} left" if left else "",
+            )
+            notes.print(readable(", ".join(filter(None, told))))
 
 
 class Watch(api.RunWatch):
@@ -30,13 +64,13 @@ class Watch(api.RunWatch):
 
     def started(self, plan: Plan, where: str) -> None:
         """Say where."""
-        err.print(f"{counted(len(plan.slabs), 'slab')} on {where}")
+        notes.print(f"{counted(len(plan.slabs), 'slab')} on {where}")
         self.bar.start()
 
     def progressed(self, progress: RunProgress) -> None:
         """Move the bar on, or say what should be known."""
         if progress.note:
-            err.print(readable(progress.note))
+            notes.print(readable(progress.note))
             return
         if progress.stage not in self.tasks:
             self.tasks[progress.stage] = self.bar.add_task(progress.stage, total=progress.total, speed="")
@@ -47,14 +81,15 @@ class Watch(api.RunWatch):
 
     def looked(self, there: int, done: int) -> None:
         """Say how far a volume that is followed has come."""
-        err.print(f"{counted(there, 'slice')} there, {done} denoised")
+        notes.print(f"{counted(there, 'slice')} there, {done} denoised")
 
 
 @contextmanager
 def progress_bar(when_interrupted: str) -> Iterator[Progress]:
     """A progress bar on standard error, shown once it is started, and a word on what Ctrl-C leaves."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
-    bar = Progress(*columns, TimeRemainingColumn(), console=err)
+    drawn = notes.is_terminal or notes.is_jupyter
+    bar = Progress(*columns, TimeRemainingColumn(), console=notes) if drawn else LogLines()
 
     def stop() -> None:
         if bar.live.is_started:
@@ -68,6 +103,49 @@ def progress_bar(when_interrupted: str) -> Iterator[Progress]:
         raise
     finally:
         stop()
+
+
+@contextmanager
+def showing_progress() -> Iterator[api.RunWatch]:
+    """A watch that shows how runs go, in a notebook, a terminal or a log: `denoise(..., watch=watch)`."""
+    with progress_bar(GO_ON) as bar:
+        yield Watch(bar)
+
+
+def facts_of(summary: api.Summary) -> dict[str, Any]:
+    """What a run did, for scripts."""
+    seconds = summary.seconds
+    return {
+        "output": summary.plan.group_url,
+        "state": "growing" if summary.plan.growing else "complete",
+        "slabs": summary.slabs,
+        "resumed": summary.resumed,
+        "done": summary.done,
+        "level_slabs": summary.level_slabs,
+        "voxels": summary.voxels,
+        "seconds": seconds,
+        "voxels_per_second": summary.voxels / seconds if seconds else None,
+        "peak_memory_bytes": summary.peak_memory_bytes,
+    }
+
+
+def print_json(facts: Mapping[str, Any]) -> None:
+    """One line of JSON on standard output; what is no number there is null."""
+    typer.echo(json.dumps(_in_json(facts), allow_nan=False))
+
+
+def _in_json(value: Any) -> Any:
+    match value:
+        case Mapping():
+            return {str(name): _in_json(part) for name, part in value.items()}
+        case str() | int() | None:
+            return value
+        case float():
+            return value if isfinite(value) else None
+        case Sequence() | set() | frozenset():
+            return [_in_json(part) for part in (value if isinstance(value, Sequence) else sorted(value))]
+        case _:
+            return str(value)
 
 
 def print_rows(rows: dict[str, str]) -> None:

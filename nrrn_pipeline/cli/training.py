@@ -110,6 +110,8 @@ def train(
     several volumes, --clean, --mask and --roi are given once for each, in the same order, or not at all.
 
     Several GPUs share each batch: torchrun --nproc-per-node N -m nrrn_pipeline.cli train ...
+
+    Example: nrrn train raw.zarr --out lab.safetensors
     """
     beside = (_for_each(sources, name, given) for name, given in (("clean", clean), ("mask", mask), ("roi", roi)))
     volumes = [
@@ -145,6 +147,8 @@ def write_page(
     """Show on one page how W was trained, and what it does on slices held out from that.
 
     It reads, and denoises a part of, the volume that W was trained on, where it was then.
+
+    Example: nrrn weights page lab.safetensors --out lab.html
     """
     with progress_bar("no page was written") as bar:
         write_training_page(weights, page, device, Watch(bar))

@@ -11,20 +11,24 @@ import typer
 
 from nrrn_pipeline import api
 from nrrn_pipeline.checking import check
-from nrrn_pipeline.cli.options import Output, StorageOptions
-from nrrn_pipeline.cli.terminal import by_text, duration_text, err, out, print_rows, progress_bar
+from nrrn_pipeline.cli.options import Json, Made, StorageOptions
+from nrrn_pipeline.cli.terminal import by_text, duration_text, err, out, print_json, print_rows, progress_bar
 from nrrn_pipeline.cost import bytes_text, counted
 from nrrn_pipeline.errors import readable
 from nrrn_pipeline.network import architecture_of, bytes_hash, parse_header
 from nrrn_pipeline.shipped import SHIPPED, located, read_weights
-from nrrn_pipeline.volume import get_provenance, open_volume
+from nrrn_pipeline.volume import count_levels, get_provenance, open_volume
 
 
 def info(
     path: Annotated[str, typer.Argument(help="A volume, a weights file, or the name of shipped weights.")],
+    as_json: Json = False,
     storage_options: StorageOptions = None,  # noqa: ARG001
 ) -> None:
-    """Describe a volume or a weights file."""
+    """Describe a volume or a weights file.
+
+    Example: nrrn info raw.zarr
+    """
     if path in SHIPPED or path.endswith(".safetensors") or os.path.isfile(path):
         data = read_weights(located(path))
         header = parse_header(data, path)
@@ -32,9 +36,27 @@ def info(
         record = training if isinstance(training, dict) else {}
         found = architecture_of(header)
         told = {**asdict(found), "sha256": bytes_hash(data), **record}
-        print_rows({key: str(value) for key, value in told.items()})
+        if as_json:
+            print_json(told)
+        else:
+            print_rows({key: str(value) for key, value in told.items()})
         return
-    volume = open_volume(path)
+    volume, made = open_volume(path), get_provenance(path)
+    if as_json:
+        facts = {
+            "url": volume.url,
+            "shape": volume.shape,
+            "dtype": volume.dtype,
+            "bytes": volume.box.size * volume.itemsize,
+            "voxel_nm": volume.voxel_nm,
+            "chunk": volume.chunk,
+            "shard": volume.write_unit,
+            "axes": volume.axes,
+            "levels": max(1, count_levels(path)),
+            "nrrn": made,
+        }
+        print_json(facts)
+        return
     rows = {
         "url": volume.url,
         "shape (z, y, x)": by_text(volume.shape),
@@ -45,41 +67,55 @@ def info(
         "shard": "none" if volume.chunk == volume.write_unit else by_text(volume.write_unit),
         "axes": ",".join(volume.axes),
     }
-    made = get_provenance(path)
     print_rows(rows | ({"nrrn": json.dumps(made, indent=1)} if made else {}))
 
 
 def verify(
-    output: Output,
+    output: Made,
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte and compare its checksum.")] = False,
+    as_json: Json = False,
     storage_options: StorageOptions = None,  # noqa: ARG001
 ) -> None:
     """Check that every slab is recorded and its shards are there, as large as they were written; exit status 1 if not.
 
     With --deep every byte is read, and must have the checksum that it was written with.
+
+    Example: nrrn verify clean.zarr --deep
     """
-    wrong = 0
+    problems = []
     with progress_bar("nothing is changed by verifying") as bar:
         task = bar.add_task("verifying", total=None, speed="")
         for checked in check(output, deep):
             bar.start()
             bar.update(task, completed=checked.done, total=checked.total)
             if checked.problem:
-                wrong += 1
-                out.print(readable(checked.problem))
-    if wrong:
-        err.print(f"{output} is not whole: {counted(wrong, 'problem')}; nrrn repair makes damaged slabs again")
+                problems.append(checked.problem)
+                if not as_json:
+                    out.print(readable(checked.problem))
+    if as_json:
+        print_json({"whole": not problems, "read": deep, "problems": problems})
+    if problems:
+        err.print(f"{output} is not whole: {counted(len(problems), 'problem')}; nrrn repair makes damaged slabs again")
         raise typer.Exit(1)
     how = "every byte is as it was written" if deep else "every shard is there (--deep reads them)"
-    out.print(f"{output} is whole: every slab is recorded, {how}")
+    if not as_json:
+        out.print(f"{output} is whole: every slab is recorded, {how}")
 
 
 def status(
-    output: Output,
+    output: Made,
+    as_json: Json = False,
     storage_options: StorageOptions = None,  # noqa: ARG001
 ) -> None:
-    """Say how far the run on DST is, wherever it is driven from: done, failed, running, rate, time left."""
+    """Say how far the run on DST is, wherever it is driven from: done, failed, running, rate, time left.
+
+    Example: nrrn status clean.zarr
+    """
     now = api.status(output)
+    if as_json:
+        facts = asdict(now)
+        print_json(facts | {"voxels_per_second": facts.pop("rate")})
+        return
     rows = {
         "state": now.state,
         "done": f"{now.done} of {counted(now.total, 'slab')}",

@@ -18,7 +18,10 @@ weights_app = typer.Typer(no_args_is_help=True, help="Weights files.")
 
 @weights_app.command("list")
 def list_weights() -> None:
-    """The weights that are shipped, to be given by name, as in --weights nrrn-fast."""
+    """The weights that are shipped, to be given by name, as in --weights nrrn-fast.
+
+    Example: nrrn weights list
+    """
     for name in SHIPPED:
         header = parse_header(read_weights(name), name)
         out.print(f"{name}: {network_text(architecture_of(header))}; {header['training']['note']}")
@@ -26,7 +29,10 @@ def list_weights() -> None:
 
 @weights_app.command("card")
 def show_card(name: Annotated[str, typer.Argument(help="Of shipped weights.")]) -> None:
-    """What shipped weights were made from, how, how well they do, and what they are not for."""
+    """What shipped weights were made from, how, how well they do, and what they are not for.
+
+    Example: nrrn weights card nrrn-fast
+    """
     if name not in SHIPPED:
         raise InputError(f"no weights {name!r} are shipped: use {', '.join(SHIPPED)}")
     out.print(model_card(name))
@@ -40,6 +46,9 @@ def import_weights(
     checkpoint: Annotated[str, typer.Argument(help="A checkpoint of vEMden (.pt).")],
     weights: Annotated[str, typer.Argument(help="Weights file to write (.safetensors).")],
 ) -> None:
-    """Turn a checkpoint of the authors' tool into a weights file; nothing in it is executed."""
+    """Turn a checkpoint of the authors' tool into a weights file; nothing in it is executed.
+
+    Example: nrrn weights import vemden.pt lab.safetensors
+    """
     network = api.import_weights(checkpoint, weights)
     out.print(f"{weights}: {network_text(network.architecture)}")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
 
 import pytest
 
-from nrrn_pipeline.cli.lazy import COMMANDS, loaded
+from nrrn_pipeline.cli.lazy import COMMANDS, PANELS, loaded
 from tests.commands import Nrrn, caller
 
 
@@ -28,6 +32,34 @@ def test_help_names_every_command_with_its_line(nrrn: Nrrn, monkeypatch: pytest.
     monkeypatch.setenv("COLUMNS", "200")
     said = " ".join(nrrn("--help").out.split())
     assert all(f"{name} {line}" in said for name, (_, _, line) in COMMANDS.items())
+
+
+def leaves(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+    """A command, or those of a group."""
+    for below, each in getattr(command, "commands", {"": command}).items():
+        yield f"{name} {below}".rstrip(), each
+
+
+LEAVES = dict(pair for name in COMMANDS for pair in leaves(name, loaded(name)))
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_every_help_has_an_example_that_the_command_takes(name: str) -> None:
+    _, found, example = str(LEAVES[name].help).partition(f"Example: nrrn {name}")
+    assert found
+    words = shlex.split(example.partition("\n")[0])
+    LEAVES[name].make_context(name, words).close()
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_options_of_a_panel_of_help_are_options_of_some_command(name: str) -> None:
+    known = {param.name for command in LEAVES.values() for param in command.params}
+    assert set().union(*PANELS.values()) <= known
+    assert {"--quiet", "-q"} <= {word for param in LEAVES[name].params for word in param.opts}
+
+
+def test_the_version_is_said(nrrn: Nrrn) -> None:
+    assert nrrn("--version").out == f"nrrn-pipeline {metadata.version('nrrn-pipeline')}\n"
 
 
 @pytest.mark.parametrize("words", [["--help"], ["denois"]])
