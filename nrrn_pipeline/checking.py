@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import Any
 
 from nrrn_pipeline import storage
@@ -39,7 +40,10 @@ class Checked:
 
 @dataclass(frozen=True)
 class Status:
-    """How far a run is. `state` in words; rate in voxels a second; `seconds_left` is None where nothing is known."""
+    """How far a run is. `state` in words; rate in voxels a second; `seconds_left` is None where nothing is known.
+
+    levels: of lower resolution, their slabs that are done, and all, by their numbers.
+    """
 
     state: str
     done: int
@@ -47,6 +51,7 @@ class Status:
     failed: dict[str, str] = field(default_factory=dict)
     rate: float | None = None
     seconds_left: float | None = None
+    levels: dict[int, tuple[int, int]] = field(default_factory=dict)
 
 
 def check(output: str | os.PathLike[str], deep: bool = False) -> Iterator[Checked]:
@@ -97,8 +102,7 @@ def status(output: str | os.PathLike[str]) -> Status:
     ledger = Ledger(f"{url}/0")
     if not ledger.begun():
         raise InputError(f"{url} has no ledger yet: a run writes it once the slices' statistics are measured")
-    slabs = ledger.slabs()
-    total, done = len(slabs), sum(key in slabs and claims != {-1} for key, claims in ledger.done().items())
+    done, total = _done_of(ledger)
     sharing = [one for one in members(ledger.url).values() if not has_ended(one) and _silent_s(one) < LEASE_S]
     driver = last_driver(ledger.url) or {}
     slabs_rate, voxels_rate = (sum(_rate(one, name) for one in sharing or [driver]) for name in ("slabs", "voxels"))
@@ -114,7 +118,23 @@ def status(output: str | os.PathLike[str]) -> Status:
         failed={key: ledger.failure(key)[0] for key in sorted(ledger.failed())},
         rate=voxels_rate or None,
         seconds_left=(total - done) / slabs_rate if running and slabs_rate else None,
+        levels={number: _done_of(level) for number, level in _levels(url)},
     )
+
+
+def _done_of(ledger: Ledger) -> tuple[int, int]:
+    """Slabs that are done, and all."""
+    slabs = ledger.slabs()
+    return sum(key in slabs and claims != {-1} for key, claims in ledger.done().items()), len(slabs)
+
+
+def _levels(url: str) -> Iterator[tuple[int, Ledger]]:
+    """Those of ours that are begun."""
+    for number in count(1):
+        level = Ledger(f"{url}/{number}")
+        if not level.begun():
+            return
+        yield number, level
 
 
 def _whole(driver: dict[str, Any], url: str) -> str:

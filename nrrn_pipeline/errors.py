@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 GO_ON = "what is done is kept: run the same command again to go on"
 
 
@@ -12,6 +14,12 @@ def readable(text: str) -> str:
     """One line that a terminal shows as it is: what a hostile file makes us quote cannot forge another line."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: MOST_CHARACTERS + 1])
     return shown if len(shown) <= MOST_CHARACTERS else f"{shown[:MOST_CHARACTERS]}..."
+
+
+def few(words: Sequence[str], most: int, between: str = ", ") -> str:
+    """The first ones, and how many more there are."""
+    left_out = len(words) - most
+    return between.join(words[:most]) + (f"{between.rstrip()} and {left_out} more" if left_out > 0 else "")
 
 
 class NrrnError(Exception):

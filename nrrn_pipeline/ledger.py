@@ -79,8 +79,7 @@ class Ledger:
                 storage.remove_file(f"{self.url}/statistics.json")
             else:
                 self.put_statistics(kept)
-            for slab in self.outgrown(plan):
-                self.forget(slab.key)
+            self.forget_all({slab.key for slab in self.outgrown(plan)})
             self.mend(plan)
         self.refuse_others(plan)
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 from nrrn_pipeline import storage
 from nrrn_pipeline.cluster.kinds import wrong_keys
 from nrrn_pipeline.cost import counted
-from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.errors import InputError, few
 from nrrn_pipeline.filters import FILTERS
 from nrrn_pipeline.geometry import Box, Shape
 from nrrn_pipeline.options import Options
@@ -156,8 +156,7 @@ def read_manifest(
         )
     problems += _clashes(jobs)
     if problems:
-        more = f"; and {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
-        raise InputError(f"{text} cannot be used: {'; '.join(problems[:MOST_PROBLEMS])}{more}")
+        raise InputError(f"{text} cannot be used: {few(problems, MOST_PROBLEMS, '; ')}")
     return jobs
 
 

@@ -123,6 +123,8 @@ def status(
         "rate": f"{now.rate / 1e6:.3f} million voxels/s" if now.rate else "unknown",
         "time left": "unknown" if now.seconds_left is None else duration_text(now.seconds_left),
     }
+    if now.levels:
+        rows["levels"] = ", ".join(f"{number}: {done} of {total} slabs" for number, (done, total) in now.levels.items())
     print_rows(rows)
     for key, reason in now.failed.items():
         out.print(readable(f"slab {key}: {reason}"))

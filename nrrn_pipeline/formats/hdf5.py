@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from nrrn_pipeline.errors import InputError, StorageError
+from nrrn_pipeline.errors import InputError, StorageError, few
 from nrrn_pipeline.formats.parts import Found, Part, opened, refuse_unfit
 from nrrn_pipeline.geometry import Box, Shape
 from nrrn_pipeline.ome import Triple, nm_of
@@ -130,8 +130,7 @@ def _all(file: h5py.File) -> list[tuple[str, tuple[int, ...]]]:
 
 def _datasets(file: h5py.File) -> str:
     names = [f"{name} {shape}" for name, shape in _all(file)]
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"it holds {', '.join(names[:SHOWN])}{more}" if names else "it holds none"
+    return f"it holds {few(names, SHOWN)}" if names else "it holds none"
 
 
 def _voxel_nm(dataset: h5py.Dataset) -> Triple | None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from nrrn_pipeline import storage
-from nrrn_pipeline.errors import InputError, StorageError
+from nrrn_pipeline.errors import InputError, StorageError, few
 from nrrn_pipeline.formats.parts import Part, opened, size_of
 from nrrn_pipeline.formats.tiff import find_tiff, plane_of
 from nrrn_pipeline.geometry import Box, Shape
@@ -114,12 +114,12 @@ def find_images(folder: str, names: Sequence[str], lacking: str) -> tuple[Images
         slices.append("" if wrong else name)
     if bad and lacking == "refuse":
         raise InputError(
-            f"{folder} is not whole: {_shown(bad)}. Mend it, or give --lacking blank (a blank slice in each place, "
-            "which denoising leaves out) or --lacking skip (their neighbours touch)"
+            f"{folder} is not whole: {few(bad, SHOWN, '; ')}. Mend it, or give --lacking blank (a blank slice in each "
+            "place, which denoising leaves out) or --lacking skip (their neighbours touch)"
         )
     if lacking == "skip":
         slices = [name for name in slices if name]
-    notes = [f"{_shown(bad)}: {_DONE[lacking]}"] if bad else []
+    notes = [f"{few(bad, SHOWN, '; ')}: {_DONE[lacking]}"] if bad else []
     if not numbers and len(names) > 1:
         notes.append("the files' names hold no number that counts: slices that are missing cannot be told")
     sizes = {each.voxel_nm for each in headers if not each.wrong}
@@ -184,11 +184,6 @@ def _unlike(header: Header, plane: tuple[int, int], dtype: str) -> str:
         return ""
     own, others = (f"{y} x {x} {kind}" for (y, x), kind in ((header.plane, header.dtype), (plane, dtype)))
     return f"is {own}, not {others}"
-
-
-def _shown(words: Sequence[str]) -> str:
-    more = f"; and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
-    return "; ".join(words[:SHOWN]) + more
 
 
 def _header(folder: str, name: str) -> Header:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nrrn_pipeline import storage
-from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.errors import InputError, few
 from nrrn_pipeline.formats import hdf5, images, mrc, n5, numpy_file, tiff
 from nrrn_pipeline.formats.parts import Found, Part, Stored
 from nrrn_pipeline.geometry import Box, Shape, Span
@@ -121,12 +121,14 @@ def _stack_at(url: str, dataset: str | None, lacking: str, level: int) -> Stack:
     chosen = [name for name in names if name.lower().endswith(IMAGES) and not name.startswith(".")]
     others = sorted(set(names) - set(chosen))
     if not chosen:
-        raise InputError(f"{url} holds no slices: expected files of {', '.join(IMAGES)}; there are {_few(others)}")
+        raise InputError(
+            f"{url} holds no slices: expected files of {', '.join(IMAGES)}; there are {few(others, LEFT_OUT)}"
+        )
     kinds = sorted({os.path.splitext(name)[1].lower() for name in chosen})
     if len({kind in images.PNG for kind in kinds}) > 1:
         raise InputError(f"{url} holds images of several kinds ({', '.join(kinds)}): give those of one, by their names")
     made = _stack_of([f"{url}/{name}" for name in sorted(chosen, key=images.natural)], lacking, dataset)
-    note = (f"left out, as they are no images: {_few(others)}",) if others else ()
+    note = (f"left out, as they are no images: {few(others, LEFT_OUT)}",) if others else ()
     return Stack(url, made.parts, made.voxel_nm, (*made.notes, *note))
 
 
@@ -183,8 +185,3 @@ def _folder(urls: Sequence[str]) -> str:
     if len(folders) > 1:
         raise InputError("slices of several folders: give those of one, or the folder itself")
     return folders.pop()
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LEFT_OUT} more" if len(names) > LEFT_OUT else ""
-    return ", ".join(names[:LEFT_OUT]) + more

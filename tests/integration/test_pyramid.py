@@ -31,6 +31,7 @@ from nrrn_pipeline import (
     follow,
     ingest,
     repair,
+    status,
     verify,
 )
 from nrrn_pipeline.errors import RunError
@@ -154,7 +155,7 @@ def test_denoising_makes_levels_when_asked(tmp_path: Path, nrrn: Nrrn) -> None:
     assert not (output / "1").exists()
 
 
-def test_broken_off_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_off_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nrrn: Nrrn) -> None:
     path = volume_of(tmp_path)
     real, count = PyramidPlan.voxels, [0]
 
@@ -169,7 +170,10 @@ def test_broken_off_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         add_levels(path, SMALL)
     assert len(open_levels(path)) == 1, "a level that is not whole is not shown"
     before = count[0]
+    done, total = status(path).levels[1]
+    assert (done, f"1: 6 of {total} slabs" in nrrn("status", path).out) == (6, True)
     add_levels(path, SMALL)
+    assert all(done == total for done, total in status(path).levels.values())
     slabs = sum(len(plan.slabs) for plan in plan_pyramid(open_volume(path)))
     assert count[0] - before == slabs - 6
     assert np.array_equal(level(path, 1), means(VOXELS, (2, 2, 2)))
