@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nrrn_pipeline.api import RunWatch, add_levels, add_noise, denoise, import_weights, plan, repair, status, verify
     from nrrn_pipeline.batch import read_manifest, run_batch
+    from nrrn_pipeline.cli.terminal import showing_progress
     from nrrn_pipeline.comparing import Yardstick, candidates, compare, write_results
     from nrrn_pipeline.errors import InputError, NrrnError, RunError, SlabsFailedError, StorageError
     from nrrn_pipeline.exporting import export
@@ -61,6 +62,7 @@ __all__ = [
     "read_manifest",
     "repair",
     "run_batch",
+    "showing_progress",
     "status",
     "train",
     "using_options",
@@ -72,6 +74,7 @@ __all__ = [
 _HOMES = {
     "api": ("RunWatch", "add_levels", "add_noise", "denoise", "import_weights", "plan", "repair", "status", "verify"),
     "batch": ("read_manifest", "run_batch"),
+    "cli.terminal": ("showing_progress",),
     "comparing": ("Yardstick", "candidates", "compare", "write_results"),
     "errors": ("InputError", "NrrnError", "RunError", "SlabsFailedError", "StorageError"),
     "following": ("Following", "follow"),

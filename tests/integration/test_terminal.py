@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nrrn_pipeline import denoise, open_volume
+from nrrn_pipeline import denoise, open_volume, showing_progress
 from nrrn_pipeline.cli import terminal
-from nrrn_pipeline.cli.terminal import LogLines, print_json, showing_progress
+from nrrn_pipeline.cli.terminal import LogLines, print_json
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.slabs import Layout
 from tests.commands import Nrrn
