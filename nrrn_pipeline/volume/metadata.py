@@ -85,7 +85,9 @@ class Volume:
     def to_xarray(self) -> xarray.DataArray:
         """A lazy (z, y, x) DataArray in the array's own chunks, with coordinates of the voxels' centres.
 
-        They are in nm if `in_nm`, else in the file's own numbers; their attribute `units` says which.
+        They are in nm if `in_nm`, else in the file's own numbers; their attribute `units` says which. xarray.open_zarr
+        opens groups too, without coordinates, if it is given consolidated=False, drop_variables with the names of all
+        levels but one ("1", "2", ...), as their sizes differ, and for OME-Zarr 0.4 mask_and_scale=False.
         """
         from nrrn_pipeline.volume.voxels import to_xarray
 

@@ -202,7 +202,7 @@ def test_on_object_storage(tmp_path: Path, moto_s3: ObjectStore) -> None:
         export_zarr(source, "s3://old/old.zarr", OLD)
         assert verify("s3://old/old.zarr", deep=True) == []
         assert np.array_equal(open_volume("s3://old/old.zarr").to_xarray(), VOXELS[:9, :16, :16])
-        assert count_levels("s3://old/old.zarr") == 2
+        assert count_levels("s3://old/old.zarr") == 3
 
 
 @pytest.mark.parametrize("axes", [4, 5])
