@@ -66,6 +66,8 @@ def export(
     path = absolute(output)
     if "://" in path:
         raise InputError(f"{path}: files of other formats are written to paths; copy them from there")
+    if path.endswith(".zarr"):
+        raise InputError(f"{path}: a Zarr is written by export_zarr")
     write = writer_for(path)
     if os.path.lexists(path):
         raise InputError(f"{path} exists: choose another output, or delete it")

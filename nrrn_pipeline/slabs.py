@@ -224,7 +224,7 @@ def cut(source: Volume, group_url: str, box: Box, layout: Layout) -> tuple[Volum
         for each in (slab, target.write_unit)
     )
     if units > MAX_SLABS:
-        larger = "--shard" if layout.shard != layout.chunk else "--chunk"
+        larger = "--chunk" if layout.shard and layout.shard == layout.chunk else "--shard"
         raise InputError(
             f"{units} shards of {target.write_unit} are too many to keep account of: use a larger {larger}"
         )

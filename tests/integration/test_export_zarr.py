@@ -224,6 +224,11 @@ def test_slabs_hold_chunks_of_the_source_and_fit_into_memory(chunk: tuple[int, i
     assert made.slab_bytes <= SLAB_BYTES or made.slab[0] == CHUNK[0]
 
 
+def test_too_many_chunks_are_refused_with_what_to_do() -> None:
+    with pytest.raises(InputError, match="too many to keep account of: use a larger --chunk"):
+        plan_export(Volume("a", (4000, 40_000, 40_000), "uint8", CHUNK, CHUNK), "b")
+
+
 @pytest.mark.parametrize(
     ("layout", "words"),
     [
