@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nrrn_pipeline.cli.terminal import showing_progress
     from nrrn_pipeline.comparing import Yardstick, candidates, compare, write_results
     from nrrn_pipeline.errors import InputError, NrrnError, RunError, SlabsFailedError, StorageError
-    from nrrn_pipeline.exporting import export
+    from nrrn_pipeline.exporting import export, export_zarr
     from nrrn_pipeline.following import Following, follow
     from nrrn_pipeline.geometry import Box
     from nrrn_pipeline.ingesting import Intake, ingest
@@ -54,6 +54,7 @@ __all__ = [
     "compare",
     "denoise",
     "export",
+    "export_zarr",
     "follow",
     "import_weights",
     "ingest",
@@ -78,7 +79,7 @@ _HOMES = {
     "comparing": ("Yardstick", "candidates", "compare", "write_results"),
     "errors": ("InputError", "NrrnError", "RunError", "SlabsFailedError", "StorageError"),
     "following": ("Following", "follow"),
-    "exporting": ("export",),
+    "exporting": ("export", "export_zarr"),
     "geometry": ("Box",),
     "ingesting": ("Intake", "ingest"),
     "noise": ("Noise",),

@@ -252,9 +252,9 @@ def repair(
         levels = _add_levels(volume, replace(options or Options(), overwrite=False), watch or RunWatch())
         return problems, replace(levels[0], done=0, level_slabs=sum(level.done for level in levels))
     settings, provenance = ledger.settings() or {}, get_provenance(volume.group_url) or {}
-    if "ingested" in settings:
+    if command := next((word for word in ("ingest", "export") if f"{word}ed" in settings), None):
         ledger.forget_all({checked.slab for checked in found if checked.slab and checked.level == 0})
-        raise RunError(f"{problems[0]}: what is damaged counts as not done now; run the same nrrn ingest again")
+        raise RunError(f"{problems[0]}: what is damaged counts as not done now; run the same nrrn {command} again")
     if "noise" in settings:
         raise InputError(f"{output} cannot be repaired: it is synthetic noise; make it again with --overwrite")
     try:
@@ -280,7 +280,7 @@ def repair(
 
 
 def add_levels(output: Location, options: Options | None = None, watch: RunWatch | None = None) -> int:
-    """Add levels of lower resolution to an OME-Zarr 0.5 volume; called again, it goes on, and makes good what is torn.
+    """Add levels of lower resolution to an OME-Zarr volume; called again, it goes on, and makes good what is torn.
 
     How many levels it has below the first. Of options cluster, keys, workers, prefetch, overwrite (of levels) and share
     count. Raises InputError if it was not made by nrrn, or is not complete; RunError if it broke off.

@@ -1,4 +1,4 @@
-"""From a volume to a file, or a folder of slices, that other tools read."""
+"""From a volume to a file, a folder of slices or an older kind of Zarr, for other tools."""
 
 from __future__ import annotations
 
@@ -7,19 +7,43 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from numpy.typing import NDArray
 
+from nrrn_pipeline.api import RunWatch, Summary, run_planned
 from nrrn_pipeline.errors import InputError, RunError
+from nrrn_pipeline.export_plan import plan_export
 from nrrn_pipeline.formats.writers import Written, writer_for
 from nrrn_pipeline.geometry import Box, Span, spans_of
+from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.preparing import Location
 from nrrn_pipeline.slabs import refuse_outside
-from nrrn_pipeline.volume import Volume, open_volume, read_box
+from nrrn_pipeline.volume import Volume, count_levels, open_volume, read_box
 
 BAND_BYTES = 2**28  # of slices that are read at a time
+
+
+def export_zarr(
+    source: Location, output: Location, options: Options | None = None, watch: RunWatch | None = None
+) -> Summary:
+    """Copy a volume, or its part `options.roi`, into a new OME-Zarr 0.4 group, for tools that know no Zarr 3 or shards.
+
+    Called again after any interruption, it goes on. Levels below the one that is copied are made anew, and are made
+    with `options.pyramid` if there are none. Of options, method, device, and the layout's shard, tile and halo do not
+    count; `layout.chunk` is what the copy is stored in.
+
+    In a script, call it under `if __name__ == "__main__":`, as all that starts processes.
+
+    Raises InputError if that cannot be, with nothing written; RunError or SlabsFailedError if it broke off, and what is
+    done is kept.
+    """
+    options = options or Options()
+    made = plan_export(open_volume(source, options.level), str(output), options.layout, options.roi)
+    levels = options.pyramid or count_levels(source) > options.level + 1
+    return run_planned(made, replace(options, pyramid=levels), watch or RunWatch())
 
 
 def export(
@@ -42,6 +66,8 @@ def export(
     path = absolute(output)
     if "://" in path:
         raise InputError(f"{path}: files of other formats are written to paths; copy them from there")
+    if path.endswith(".zarr"):
+        raise InputError(f"{path}: a Zarr is written by export_zarr")
     write = writer_for(path)
     if os.path.lexists(path):
         raise InputError(f"{path} exists: choose another output, or delete it")

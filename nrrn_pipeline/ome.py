@@ -1,4 +1,4 @@
-"""OME-Zarr metadata as plain dictionaries: 0.4 and 0.5 in, 0.5 out."""
+"""OME-Zarr metadata as plain dictionaries, 0.4 and 0.5."""
 
 from __future__ import annotations
 
@@ -100,14 +100,17 @@ def _triple(values: Sequence[float]) -> Triple:
     return z, y, x
 
 
-def image_attributes(name: str, level: Level) -> dict[str, Any]:
-    """A group's `ome` attributes (OME-Zarr 0.5) for an image of this one level."""
+def image_attributes(name: str, level: Level, zarr_format: int = 3) -> dict[str, Any]:
+    """A group's attributes for an image of this one level: of OME-Zarr 0.5, or of 0.4 if its Zarr is of format 2."""
     unit = {"unit": "nanometer"} if level.in_nm else {}
     axes = [
         {"name": axis, "type": _TYPES[axis]} if axis in _TYPES else {"name": axis, "type": "space", **unit}
         for axis in level.axes
     ]
-    return {"version": "0.5", "multiscales": [{"name": name, "axes": axes, "datasets": [dataset_of(level)]}]}
+    image = {"name": name, "axes": axes, "datasets": [dataset_of(level)]}
+    if zarr_format == 2:
+        return {"multiscales": [{"version": "0.4", **image}]}
+    return {"ome": {"version": "0.5", "multiscales": [image]}}
 
 
 def dataset_of(level: Level) -> dict[str, Any]:

@@ -6,7 +6,7 @@ between devices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, ClassVar
@@ -83,10 +83,16 @@ class DenoisePlan(Plan):
     @property
     def slabs(self) -> Slabs:
         """All slabs, in storage order."""
+        return self.slabs_on(
+            *(list(spans_of(span, step)) for span, step in zip(self.box.spans, self.slab, strict=True))
+        )
+
+    def slabs_on(self, z: Sequence[Span], y: Sequence[Span], x: Sequence[Span]) -> Slabs:
+        """The slabs that keep the boxes of a grid."""
         axes = []
-        for span, step, bound, axis in zip(self.box.spans, self.slab, self.source.box.spans, "zyx", strict=True):
+        for spans, bound, axis in zip((z, y, x), self.source.box.spans, "zyx", strict=True):
             halo, grid = (1, 1) if axis == "z" else (self.halo, self.denoiser.grid)
-            axes.append([Cut(keep, keep.grown(halo, bound).aligned(grid)) for keep in spans_of(span, step)])
+            axes.append([Cut(keep, keep.grown(halo, bound).aligned(grid)) for keep in spans])
         return Slabs(*axes)
 
     @property

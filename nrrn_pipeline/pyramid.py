@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Shape, Span, box_of
-from nrrn_pipeline.slabs import CopyPlan, Slab, fitted
+from nrrn_pipeline.slabs import SHARD, CopyPlan, Slab, fitted
 from nrrn_pipeline.volume import Volume, get_provenance, open_volume, read_box
 
 ALGORITHM = 1  # raised whenever the same settings would give other voxels than before
@@ -48,8 +48,9 @@ class PyramidPlan(CopyPlan):
 
     @property
     def slab(self) -> Shape:  # type: ignore[override]
-        """A shard."""
-        return self.target.write_unit
+        """A shard; of Zarr 2, which has none, as many chunks."""
+        unit = self.target.write_unit
+        return unit if self.target.zarr_format == 3 else fitted(SHARD, self.target.shape, unit)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -94,9 +95,7 @@ def covering(plan: PyramidPlan, boxes: Iterable[Box]) -> set[Box]:
     found = set[Box]()
     for box in boxes:
         rows = []
-        for span, factor, size, whole in zip(
-            box.spans, plan.factors, plan.target.write_unit, plan.target.box.spans, strict=True
-        ):
+        for span, factor, size, whole in zip(box.spans, plan.factors, plan.slab, plan.target.box.spans, strict=True):
             first, last = span.start // factor // size, (span.stop - 1) // factor // size
             rows.append([Span(at * size, min((at + 1) * size, whole.stop)) for at in range(first, last + 1)])
         found |= {Box(*spans) for spans in product(*rows)}
@@ -114,7 +113,7 @@ def plans_above(level: Volume) -> list[PyramidPlan]:
 def plan_pyramid(base: Volume) -> list[PyramidPlan]:
     """The plans of all levels below a volume, to be carried out in their order.
 
-    For volumes of ours, whose first level is 0 and whose group is of OME-Zarr 0.5: see refuse_foreign.
+    For volumes of ours, whose first level is 0: see refuse_foreign.
     """
     return list(_levels(base))
 

@@ -40,7 +40,7 @@ SAMPLES = 8  # slabs that are looked at for an image
 T = TypeVar("T")
 
 # one slab computes at a time: with two in a process, the other is read, or written, meanwhile
-_computing, _loading = threading.Lock(), threading.Lock()
+computing, _loading = threading.Lock(), threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,11 @@ def denoise_slab(plan: DenoisePlan, device: str, task: SlabTask) -> Record:
         with watch.during("decode"):
             noisy = read_box(plan.source, slab.read)
         with watch.during("wait"):
-            _computing.acquire()
+            computing.acquire()
         try:
             denoised = denoise_voxels(noisy, task, network, plan, watch)
         finally:
-            _computing.release()
+            computing.release()
         del noisy  # the next slab may be on its way
     return store_slab(plan, slab, denoised, watch, arithmetic)
 

@@ -160,20 +160,30 @@ class CopyPlan(Plan):
     measures: bool = False
 
     @property
+    def box(self) -> Box:
+        """The part of the source that becomes the whole of the target."""
+        return self.target.box
+
+    @property
     def slabs(self) -> Slabs:
         """All slabs, in storage order; they read what they write."""
-        axes = zip(self.target.box.spans, self.slab, strict=True)
+        axes = zip(self.box.spans, self.slab, strict=True)
         return Slabs(*([Cut(keep, keep) for keep in spans_of(span, step)] for span, step in axes))
+
+    def target_box(self, slab: Slab) -> Box:
+        """See Plan."""
+        return slab.keep.shifted(self.box)
 
     @property
     def target_settings(self) -> dict[str, Any]:
-        """Those of the settings that are of the target alone."""
+        """Those of the settings that are of the target alone, and its place."""
         return {
             "dtype": self.target.dtype,
-            "roi": str(self.target.box),
+            "roi": str(self.box),
             "slab": list(self.slab),
             "shard": list(self.target.write_unit),
             "chunk": list(self.target.chunk),
+            **({} if self.target.zarr_format == 3 else {"zarr format": self.target.zarr_format}),
         }
 
     @property
@@ -214,7 +224,10 @@ def cut(source: Volume, group_url: str, box: Box, layout: Layout) -> tuple[Volum
         for each in (slab, target.write_unit)
     )
     if units > MAX_SLABS:
-        raise InputError(f"{units} shards of {target.write_unit} are too many to keep account of: use a larger --shard")
+        larger = "--chunk" if layout.shard and layout.shard == layout.chunk else "--shard"
+        raise InputError(
+            f"{units} shards of {target.write_unit} are too many to keep account of: use a larger {larger}"
+        )
     if slabs > MAX_SLABS:
         raise InputError(f"{slabs} slabs of {slab} are too many to keep account of: use a larger --slab, or a --roi")
     return target, slab

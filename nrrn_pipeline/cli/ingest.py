@@ -11,12 +11,8 @@ from nrrn_pipeline.cli.options import (
     LAYOUT,
     WHERE,
     Json,
-    LevelNumber,
     Made,
-    Roi,
     Source,
-    StorageOptions,
-    parse_box,
     parse_numbers,
     takes_options,
 )
@@ -24,6 +20,7 @@ from nrrn_pipeline.cli.terminal import Watch, by_text, facts_of, notes, out, pri
 from nrrn_pipeline.cost import bytes_text, counted
 from nrrn_pipeline.errors import GO_ON, InputError, readable
 from nrrn_pipeline.exporting import export as write_file
+from nrrn_pipeline.exporting import export_zarr
 from nrrn_pipeline.ingesting import Intake, planned
 from nrrn_pipeline.options import Options
 
@@ -66,13 +63,17 @@ def ingest(
         notes.print("note: the files do not say how large voxels are: give --voxel-nm Z,Y,X if you know")
     with progress_bar(GO_ON) as bar:
         summary = api.run_planned(made, options, Watch(bar))
-    target = made.target
+    _print_copied(summary, as_json)
+
+
+def _print_copied(summary: api.Summary, as_json: bool) -> None:
+    target = summary.plan.target
     if as_json:
         print_json(facts_of(summary) | {"shape": target.shape, "dtype": target.dtype, "voxel_nm": target.voxel_nm})
         return
     size_text = f", voxels of {by_text(target.voxel_size)} nm" if target.in_nm else ""
     done = counted(summary.slabs, "slab") + (f", {summary.resumed} of them done before" if summary.resumed else "")
-    out.print(f"{made.group_url}: {by_text(target.shape)} {target.dtype}{size_text}; complete, {done}")
+    out.print(f"{target.group_url}: {by_text(target.shape)} {target.dtype}{size_text}; complete, {done}")
     if summary.voxels:
         speed = summary.voxels * target.itemsize / summary.seconds
         peak = bytes_text(summary.peak_memory_bytes)
@@ -93,19 +94,32 @@ def pyramid(output: Made, options: Options) -> None:
     out.print(f"{output}: {counted(levels, 'level')} below the full size")
 
 
+@takes_options((WHERE - {"device"}) | (LAYOUT - {"shard"}) | {"roi", "level", "overwrite", "pyramid", "shard_of"})
 def export(
     source: Source,
     output: Annotated[
-        str, typer.Argument(metavar="FILE", help="x.tif, .ome.tif, .mrc, .h5, .npy; without a suffix a folder of TIFF.")
+        str,
+        typer.Argument(
+            metavar="DST",
+            help="x.tif, .ome.tif, .mrc, .h5, .npy; without a suffix a folder of TIFF; x.zarr: OME-Zarr 0.4 (Zarr 2).",
+        ),
     ],
-    level: LevelNumber = 0,
-    roi: Roi = None,
-    storage_options: StorageOptions = None,  # noqa: ARG001
+    options: Options,
+    as_json: Json = False,
 ) -> None:
-    """Write SRC as a file that other tools read, with its voxel size. Slices stream: memory does not grow with it.
+    """Write SRC as other tools read it, with its voxel size. To a .zarr, for tools that know no Zarr 3 or shards, slabs
+    are copied on any cluster, and the same command goes on after an interruption; levels are made if SRC has any. All
+    else is a file, written slice by slice, without options but --level and --roi.
 
     Example: nrrn export clean.zarr clean.tif --level 1
     """
+    if output.rstrip("/").endswith(".zarr"):
+        with progress_bar(GO_ON) as bar:
+            summary = export_zarr(source, output, options, Watch(bar))
+        _print_copied(summary, as_json)
+        return
+    if options != Options(level=options.level, roi=options.roi):
+        raise InputError(f"{output} is written by this process alone: give --level and --roi at most, or write a .zarr")
     with progress_bar("nothing is left of the file") as bar:
         task = bar.add_task("exporting", total=None, speed="")
 
@@ -113,5 +127,8 @@ def export(
             bar.start()
             bar.update(task, completed=done, total=total)
 
-        write_file(source, output, level, parse_box("roi", roi), progressed)
-    out.print(f"{output}: written")
+        write_file(source, output, options.level, options.roi, progressed)
+    if as_json:
+        print_json({"output": output})
+    else:
+        out.print(f"{output}: written")

@@ -20,7 +20,7 @@ COMMANDS = {  # name: module of this package, what to call there, a line of help
     "plan": ("denoising", "plan", "What a run would do, and what it would take."),
     "denoise": ("denoising", "denoise", "Denoise a volume; run again, it goes on where it was."),
     "pyramid": ("ingest", "pyramid", "Add levels of lower resolution, for viewers."),
-    "export": ("ingest", "export", "Write a volume as TIFF, MRC, HDF5 or .npy, for other tools."),
+    "export": ("ingest", "export", "Write a volume as TIFF, MRC, HDF5, .npy or Zarr 2, for other tools."),
     "status": ("volumes", "status", "How far a run is, wherever it is driven from."),
     "verify": ("volumes", "verify", "Whether an output is whole."),
     "repair": ("denoising", "repair", "Denoise again what of an output is damaged."),

@@ -41,7 +41,7 @@ SlabSize = Annotated[str | None, typer.Option("--slab", metavar="Z,Y,X", help="V
 ChunkSize = Annotated[str | None, typer.Option("--chunk", metavar="Z,Y,X", help="Chunk of the output (16,256,256).")]
 ShardSize = Annotated[str | None, typer.Option("--shard", metavar="Z,Y,X", help="Shard of the output (64,512,512).")]
 BOX = "Z0:Z1,Y0:Y1,X0:X1"
-Roi = Annotated[str | None, typer.Option(metavar=BOX, help="Denoise this part only.")]
+Roi = Annotated[str | None, typer.Option(metavar=BOX, help="This part only.")]
 LevelNumber = Annotated[int, typer.Option("--level", help="Pyramid level of SRC; 0 is full size.")]
 Images = Annotated[int, typer.Option(help="Slices an estimate is made from: 3 (the paper's), 2 or 1.")]
 Stats = Annotated[str, typer.Option(help="Normalise with each slice's own statistics or the volume's: slice, volume.")]

@@ -133,7 +133,7 @@ def writer_for(path: str) -> Writer:
             return writer
     if not os.path.splitext(path)[1]:
         return write_folder
-    known = ", ".join(suffixes[0] for suffixes in WRITERS)
+    known = ", ".join([*(suffixes[0] for suffixes in WRITERS), ".zarr"])
     raise InputError(f"{path} is of no kind that can be written: use {known}, or a name without a suffix for a folder")
 
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
 
+import numcodecs  # type: ignore[import-untyped]
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
@@ -28,6 +29,7 @@ DTYPES = ("uint8", "uint16", "float32")
 MAX_AXIS = 2**24  # voxels; the longest axis ever imaged has a hundredth of that
 MAX_CHUNK_BYTES = 2**31  # one chunk is decoded whole, in memory
 MAX_METADATA_BYTES = 2**20
+METADATA_FILE = {3: "zarr.json", 2: ".zarray"}  # of an array
 
 Metadata = ArrayV2Metadata | ArrayV3Metadata
 
@@ -39,7 +41,7 @@ class Volume:
     shape, chunk and write_unit are voxels in z, y, x order; write_unit is the shard if sharded, else the chunk.
     voxel_size and origin are nm if in_nm; where a file names no unit they are the file's own numbers. level_path is the
     array's place in its OME-Zarr group; a bare array has none. metadata is the array's own, as JSON; one that is yet
-    to be created has none.
+    to be created has none. zarr_format is 3, or 2, which has no shards.
     """
 
     url: str
@@ -53,6 +55,7 @@ class Volume:
     in_nm: bool = False
     level_path: str = ""
     metadata: str = ""
+    zarr_format: int = 3
 
     @property
     def group_url(self) -> str:
@@ -82,7 +85,9 @@ class Volume:
     def to_xarray(self) -> xarray.DataArray:
         """A lazy (z, y, x) DataArray in the array's own chunks, with coordinates of the voxels' centres.
 
-        They are in nm if `in_nm`, else in the file's own numbers; their attribute `units` says which.
+        They are in nm if `in_nm`, else in the file's own numbers; their attribute `units` says which. xarray.open_zarr
+        opens groups too, without coordinates, if it is given consolidated=False, drop_variables with the names of all
+        levels but one ("1", "2", ...), as their sizes differ, and for OME-Zarr 0.4 mask_and_scale=False.
         """
         from nrrn_pipeline.volume.voxels import to_xarray
 
@@ -113,19 +118,24 @@ def refuse_unwritable(volume: Volume) -> None:
 
 @lru_cache(maxsize=16)
 def new_metadata(volume: Volume) -> str:
-    """zarr.json of an array that is about to be created: zstd, and a CRC-32C on each chunk and shard index."""
+    """zarr.json of an array that is about to be created: zstd, and a CRC-32C on each chunk and shard index.
+
+    Of Zarr 2, whose readers know no checksums, .zarray: what they all know.
+    """
     lead = (1,) * volume.lead_axes
+    how: dict[str, Any] = {
+        "shards": None if volume.write_unit == volume.chunk else lead + volume.write_unit,
+        "compressors": [ZstdCodec(level=3), Crc32cCodec()],  # without a checksum most flipped bits decode unnoticed
+        "dimension_names": volume.axes,
+    }
+    if volume.zarr_format == 2:
+        keys = {"name": "v2", "separator": "/"}
+        how = {"zarr_format": 2, "compressors": numcodecs.Blosc("zstd", 3), "chunk_key_encoding": keys}
     array = zarr.create_array(
-        {},
-        shape=lead + volume.shape,
-        dtype=volume.dtype,
-        chunks=lead + volume.chunk,
-        shards=None if volume.write_unit == volume.chunk else lead + volume.write_unit,
-        compressors=[ZstdCodec(level=3), Crc32cCodec()],  # without a checksum most flipped bits decode unnoticed
-        dimension_names=volume.axes,
-        fill_value=0,
+        {}, shape=lead + volume.shape, dtype=volume.dtype, chunks=lead + volume.chunk, fill_value=0, **how
     )
-    return array.metadata.to_buffer_dict(default_buffer_prototype())["zarr.json"].to_bytes().decode()
+    files = array.metadata.to_buffer_dict(default_buffer_prototype())
+    return files[METADATA_FILE[volume.zarr_format]].to_bytes().decode()
 
 
 def describe(
@@ -157,6 +167,7 @@ def describe(
         in_nm=level.in_nm,
         level_path=level.path,
         metadata=text,
+        zarr_format=metadata.zarr_format,
     )
 
 

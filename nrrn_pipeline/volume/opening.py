@@ -9,7 +9,15 @@ from typing import Any
 from nrrn_pipeline import ome, storage
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.places import absolute, can_list
-from nrrn_pipeline.volume.metadata import DTYPES, MAX_METADATA_BYTES, Volume, describe, name_of, new_metadata
+from nrrn_pipeline.volume.metadata import (
+    DTYPES,
+    MAX_METADATA_BYTES,
+    METADATA_FILE,
+    Volume,
+    describe,
+    name_of,
+    new_metadata,
+)
 
 Node = dict[str, Any]  # Zarr metadata of an array or a group, with its attributes
 
@@ -54,24 +62,39 @@ def count_levels(url: str | os.PathLike[str]) -> int:
 
 
 def create_volume(volume: Volume, provenance: dict[str, Any]) -> None:
-    """Create the OME-Zarr 0.5 group and the array that `volume` describes; no voxels yet.
+    """Create the OME-Zarr 0.5 group, or 0.4 if its Zarr is of format 2, and the array of `volume`; no voxels yet.
 
     What exists stays as it is, but an array of fewer slices grows. Raises InputError if what exists is something else.
     """
     group_url = volume.group_url
-    level = ome.Level(volume.level_path, volume.axes, volume.voxel_size, volume.origin, volume.in_nm)
-    if _group(group_url) is None:
-        attributes = {"ome": ome.image_attributes(name_of(group_url), level), "nrrn": provenance}
-        group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-        storage.write_new_file(f"{group_url}/zarr.json", _group_bytes(group))  # others may do the same just now
-    wanted = new_metadata(volume)
-    if not storage.write_new_file(f"{volume.url}/zarr.json", wanted.encode()):
-        found, z = _read_json(f"{volume.url}/zarr.json"), volume.lead_axes
-        attributes = {"attributes": (found or {}).get("attributes", {})}  # a level's tell how it was made
+    if _node(group_url) is None:
+        named = ome.image_attributes(name_of(group_url), _level(volume), volume.zarr_format)
+        _create_group(group_url, volume.zarr_format, {**named, "nrrn": provenance})
+    if volume.zarr_format == 2:  # where xarray looks for the axes' names
+        storage.write_new_file(f"{volume.url}/.zattrs", _json_bytes({"_ARRAY_DIMENSIONS": volume.axes}))
+    url, wanted = f"{volume.url}/{METADATA_FILE[volume.zarr_format]}", new_metadata(volume)
+    if not storage.write_new_file(url, wanted.encode()):
+        found, z = _read_json(url), volume.lead_axes
+        # a level's attributes tell how it was made
+        attributes = {"attributes": found["attributes"]} if found and "attributes" in found else {}
         if found != json.loads(wanted) | attributes:
             if _with_slices(found, z, volume.shape[0]) != json.loads(wanted) | attributes:
-                raise InputError(f"{volume.url}/zarr.json was changed since it was begun: start again with --overwrite")
-            storage.write_file(f"{volume.url}/zarr.json", json.dumps(json.loads(wanted) | attributes).encode())
+                raise InputError(f"{url} was changed since it was begun: start again with --overwrite")
+            storage.write_file(url, json.dumps(json.loads(wanted) | attributes).encode())
+
+
+def _create_group(url: str, zarr_format: int, attributes: Node) -> None:
+    """Unless others do the same just now."""
+    if zarr_format == 3:
+        node = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+        storage.write_new_file(f"{url}/zarr.json", _json_bytes(node))
+    else:
+        storage.write_new_file(f"{url}/.zattrs", _json_bytes(attributes))
+        storage.write_new_file(f"{url}/.zgroup", _json_bytes({"zarr_format": 2}))  # last: there is no group without it
+
+
+def _level(volume: Volume) -> ome.Level:
+    return ome.Level(volume.level_path, volume.axes, volume.voxel_size, volume.origin, volume.in_nm)
 
 
 def _with_slices(array: Node | None, z: int, slices: int) -> Node | None:
@@ -86,19 +109,20 @@ def _with_slices(array: Node | None, z: int, slices: int) -> Node | None:
 def set_level(volume: Volume, there: bool = True) -> None:
     """Let the group's metadata name the volume as one of its levels, or no more.
 
-    Raises InputError if there is no group of OME-Zarr 0.5.
+    Raises InputError if there is no OME-Zarr group.
     """
-    group = _group(volume.group_url)
+    group = _node(volume.group_url)
     try:
         if group is None:
-            raise LookupError("no zarr.json")
-        image = group["attributes"]["ome"]["multiscales"][0]
+            raise LookupError("no group")
+        attributes = group["attributes"]
+        image = attributes.get("ome", attributes)["multiscales"][0]
         others = [dataset for dataset in image["datasets"] if dataset["path"] != volume.level_path]
     except (LookupError, TypeError) as error:
-        raise InputError(f"{volume.group_url} is no OME-Zarr 0.5 image to add a level to ({error})") from error
-    level = ome.Level(volume.level_path, volume.axes, volume.voxel_size, volume.origin, volume.in_nm)
-    image["datasets"] = sorted([*others, *([ome.dataset_of(level)] if there else [])], key=_finest_first)
-    _write_group(volume.group_url, group)
+        raise InputError(f"{volume.group_url} is no OME-Zarr image to add a level to ({error})") from error
+    own = [ome.dataset_of(_level(volume))] if there else []
+    image["datasets"] = sorted([*others, *own], key=_finest_first)
+    _write_attributes(volume.group_url, group)
 
 
 def _finest_first(dataset: dict[str, Any]) -> tuple[float, ...]:
@@ -107,11 +131,11 @@ def _finest_first(dataset: dict[str, Any]) -> tuple[float, ...]:
 
 def set_provenance(group_url: str, provenance: dict[str, Any]) -> None:
     """Store under the attribute `nrrn` of a group, or an array, how its voxels came to be."""
-    group = _group(group_url)
-    if group is None:
+    node = _node(group_url)
+    if node is None:
         raise InputError(f"{group_url} was deleted or moved under the run")
-    group["attributes"]["nrrn"] = provenance
-    _write_group(group_url, group)
+    node["attributes"]["nrrn"] = provenance
+    _write_attributes(group_url, node)
 
 
 def get_provenance(group_url: str) -> dict[str, Any] | None:
@@ -128,15 +152,15 @@ def is_zarr(url: str) -> bool:
         return True  # a damaged one
 
 
-def _group(url: str) -> Node | None:
-    return _read_json(f"{url}/zarr.json")
+def _write_attributes(url: str, node: Node) -> None:
+    """Those of a group, or an array, that was read."""
+    if node["zarr_format"] == 3:
+        storage.write_file(f"{url}/zarr.json", _json_bytes(node))
+    else:
+        storage.write_file(f"{url}/.zattrs", _json_bytes(node["attributes"]))
 
 
-def _write_group(url: str, node: Node) -> None:
-    storage.write_file(f"{url}/zarr.json", _group_bytes(node))
-
-
-def _group_bytes(node: Node) -> bytes:
+def _json_bytes(node: Node) -> bytes:
     return json.dumps(node, indent=2).encode()
 
 

@@ -99,7 +99,8 @@ def object_key(volume: Volume, part: Box) -> str:
 def stored_units(volume: Volume) -> dict[Box, int]:
     """The write units that storage lists, as boxes of voxels, with the bytes they take; none is looked into."""
     found = {}
-    for name, stored_bytes in storage.list_tree(f"{volume.url}/c").items():
+    folder = volume.url if volume.zarr_format == 2 else f"{volume.url}/c"
+    for name, stored_bytes in storage.list_tree(folder).items():
         place = name.split("/")[-3:]
         if all(part.isdecimal() for part in place) and len(place) == 3:
             starts = [int(part) * unit for part, unit in zip(place, volume.write_unit, strict=True)]

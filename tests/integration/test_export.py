@@ -97,7 +97,7 @@ def test_a_large_one_is_a_bigtiff_with_ome_metadata(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("a.jpg", "of no kind that can be written"), ("s3://b/a.tif", "written to paths"), ("raw.zarr", "no kind")],
+    [("a.jpg", "of no kind that can be written"), ("s3://b/a.tif", "written to paths"), ("b.zarr", "by export_zarr")],
 )
 def test_what_cannot_be_written_is_refused(tmp_path: Path, name: str, words: str) -> None:
     source = volume_of(tmp_path, image_like((3, 8, 9)))

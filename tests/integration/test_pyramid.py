@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorstore
+import xarray
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -126,9 +127,14 @@ def test_levels_end_where_all_is_one_chunk() -> None:
     assert plan_pyramid(Volume("a/0", (9, 9, 9), "uint8", (16, 16, 16), (16, 16, 16), level_path="0")) == []
 
 
-def test_every_reader_sees_the_levels(tmp_path: Path) -> None:
+@pytest.mark.parametrize("made", ["ingested", "denoised"])
+def test_every_reader_sees_the_levels(tmp_path: Path, made: str) -> None:
     path = volume_of(tmp_path)
-    add_levels(path, SMALL)
+    if made == "denoised":
+        denoise(path, tmp_path / "out.zarr", None, replace(SMALL, method=Method(name="mean"), pyramid=True))
+        path = tmp_path / "out.zarr"
+    else:
+        add_levels(path, SMALL)
     image = Image05.from_zarr(zarr.open_group(path, mode="r"))
     assert [each.path for each in image.ome_attributes.multiscales[0].datasets] == ["0", "1", "2", "3", "4"]
     (node,) = list(Reader(parse_url(str(path), mode="r"))())
@@ -137,6 +143,22 @@ def test_every_reader_sees_the_levels(tmp_path: Path) -> None:
     for number in range(5):
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{path}/{number}/"}}
         assert np.array_equal(tensorstore.open(spec).result().read().result(), level(path, number))
+        others = [str(other) for other in range(5) if other != number]
+        found = xarray.open_zarr(path, consolidated=False, drop_variables=others)[str(number)]
+        assert found.dims == ("z", "y", "x")
+        assert found.dtype == np.uint8
+        assert np.array_equal(found, level(path, number))
+
+
+def test_a_level_s_voxels_are_amid_those_that_they_cover(tmp_path: Path) -> None:
+    path = volume_of(tmp_path)
+    add_levels(path, SMALL)
+    fine, coarse = (open_volume(path, number).to_xarray() for number in (0, 1))
+    assert np.array_equal(coarse, level(path, 1))
+    for axis in "zyx":
+        assert coarse[axis].attrs["units"] == "nm"
+        covered = fine[axis].values[: 2 * (len(fine[axis]) // 2)].reshape(-1, 2)
+        assert np.array_equal(coarse[axis].values[: len(covered)], covered.mean(axis=1))
 
 
 def test_denoising_makes_levels_when_asked(tmp_path: Path, nrrn: Nrrn) -> None:

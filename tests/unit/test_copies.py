@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_workers_that_copy_load_no_torch() -> None:
     code = "import sys, nrrn_pipeline.cluster.worker, nrrn_pipeline.writing, nrrn_pipeline.ingest_plan; "
+    code += "import nrrn_pipeline.export_plan; "
     code += "print([name for name in ('torch', 'scipy', 'skimage') if name in sys.modules])"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert said.stdout == "[]\n"

@@ -73,6 +73,7 @@ def test_the_public_names_are_these() -> None:
         "compare",
         "denoise",
         "export",
+        "export_zarr",
         "follow",
         "import_weights",
         "ingest",

@@ -23,14 +23,17 @@ def transformed(*steps: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("in_nm", [True, False])
 @pytest.mark.parametrize("origin", [(0.0, 0.0, 0.0), (80.0, -4.0, 0.125)])
 @pytest.mark.parametrize("axes", ["zyx", "czyx", "tczyx", "tzyx"])
-def test_written_metadata_reads_back_equal(axes: str, origin: tuple[float, float, float], in_nm: bool) -> None:
+@pytest.mark.parametrize("zarr_format", [2, 3])
+def test_written_metadata_reads_back_equal(
+    axes: str, origin: tuple[float, float, float], in_nm: bool, zarr_format: int
+) -> None:
     level = Level("0", tuple(axes), (8.0, 4.0, 4.5), origin, in_nm)
-    assert read_levels({"ome": image_attributes("name", level)}) == (level,)
+    assert read_levels(image_attributes("name", level, zarr_format)) == (level,)
 
 
 def test_sizes_without_units_are_kept_whatever_their_magnitude() -> None:
     level = Level("0", ("z", "y", "x"), (8e-9, 4e-9, 4.5e-9), (0.0, 0.0, 1.25e-8), in_nm=False)
-    assert read_levels({"ome": image_attributes("name", level)}) == (level,)
+    assert read_levels(image_attributes("name", level)) == (level,)
 
 
 @pytest.mark.parametrize(
