@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nrrn_pipeline.options import Options
     from nrrn_pipeline.places import using_options
     from nrrn_pipeline.planning import Method
+    from nrrn_pipeline.previewing import preview, write_preview
     from nrrn_pipeline.slabs import Layout
     from nrrn_pipeline.training.fit import TrainSettings, TrainWatch
     from nrrn_pipeline.training.material import TrainingVolume
@@ -58,6 +59,7 @@ __all__ = [
     "ingest",
     "open_volume",
     "plan",
+    "preview",
     "read_manifest",
     "repair",
     "run_batch",
@@ -65,6 +67,7 @@ __all__ = [
     "train",
     "using_options",
     "verify",
+    "write_preview",
     "write_results",
     "write_training_page",
 ]
@@ -82,6 +85,7 @@ _HOMES = {
     "options": ("Options",),
     "places": ("using_options",),
     "planning": ("Method",),
+    "previewing": ("preview", "write_preview"),
     "slabs": ("Layout",),
     "training.fit": ("TrainSettings", "TrainWatch"),
     "training.material": ("TrainingVolume",),

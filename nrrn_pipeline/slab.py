@@ -46,7 +46,7 @@ _computing, _loading = threading.Lock(), threading.Lock()
 
 @dataclass(frozen=True)
 class SlabTask:
-    """What a worker is sent: a slab and the statistics of the slices it reads; `part`: what is wanted of it, if not all."""
+    """What a worker is sent: a slab and the statistics of the slices it reads; what `part` is wanted, None: all."""
 
     slab: Slab
     statistics: SliceStatistics
@@ -172,7 +172,8 @@ def denoise_voxels(
 ) -> NDArray[Any]:
     """The noisy voxels of `slab.read` -> the denoised voxels of `slab.keep`, in the same dtype.
 
-    If only a part is wanted, tiles that keep nothing of it are left as they are. A blank slice passes through unchanged. `watch` is told how long the network took, and how long all else.
+    Tiles that keep nothing of the task's part, if it has one, are left as they are. A blank slice passes through
+    unchanged. `watch` is told how long the network took, and how long all else.
 
     Raises RunError if the network gives numbers that are not finite.
     """
@@ -190,7 +191,9 @@ def denoise_voxels(
             for (y, x), estimate in blended(tiles, slab.keep):
                 stack.in_levels(estimate, to[:, y, x])
         else:
-            in_lanes(network.lanes, partial(_denoise_tile, stack, timed, slab.keep, to), _wanted(plan.tiles(slab), task))
+            in_lanes(
+                network.lanes, partial(_denoise_tile, stack, timed, slab.keep, to), _wanted(plan.tiles(slab), task)
+            )
     if watch is not None:
         watch.add("network", timed.busy.seconds)
         watch.add("prepare", perf_counter() - started - timed.busy.seconds)

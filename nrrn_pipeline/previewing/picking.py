@@ -8,6 +8,7 @@ membranes, little more than nothing in resin, and nothing in a frame or where vo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ SIDE = 512  # voxels along y and x of a window, where there are so many
 MIDDLE = 128  # of these are looked at
 PLACES = 5  # along y and x, at most, where windows are looked at
 DEPTHS = (1 / 2, 1 / 4, 3 / 4)  # of a part: the next slice is looked at if there is nothing in the one before
+ROUNDING = 1e-9  # of an image's std: less is arithmetic's own
 FINE, COARSE = 2.0, 8.0  # voxels: sigmas of the Gaussians between which structure lies
 
 
@@ -30,11 +32,11 @@ def pick_regions(volume: Volume, part: Box, wanted: int, slab: Shape) -> list[Bo
     """Windows of one slice each, one in each of so many parts along z, or fewer where there is nothing in some.
 
     slab: voxels that are denoised together, on whose borders windows begin where they can. Raises InputError if there
-    is nothing to be seen in any slice that was looked at.
+    is nothing to be seen in any slice that was looked at, or NaN.
     """
     edges = np.linspace(part.z.start, part.z.stop, min(wanted, len(part.z)) + 1).round().astype(int)
     found, seen = [], []
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges):
         for z in dict.fromkeys(int(start + depth * (stop - start)) for depth in DEPTHS):
             seen.append(z)
             windows = [*_windows(Box(Span(z, z + 1), part.y, part.x), slab)]
@@ -54,7 +56,7 @@ def window_at(place: tuple[int, int, int], part: Box) -> Box:
     """The window around a place, within a part. Raises InputError for a place outside it."""
     if not all(span.start <= at < span.stop for at, span in zip(place, part.spans, strict=True)):
         raise InputError(
-            f"place {','.join(map(str, place))} is not inside {part} (z, y, x): choose one that is, in voxels of the level"
+            f"place {','.join(map(str, place))} is not inside {part} (z,y,x): choose one that is, in the level's voxels"
         )
     y, x = (_around(at, SIDE, span) for at, span in zip(place[1:], part.spans[1:], strict=True))
     return Box(Span(place[0], place[0] + 1), y, x)
@@ -83,16 +85,25 @@ def _structures(volume: Volume, windows: list[Box]) -> list[float]:
     As where each of its chunks is a whole slice.
     """
     middles = [Box(box.z, *(_around((s.start + s.stop) // 2, MIDDLE, s) for s in box.spans[1:])) for box in windows]
-    whole = Box(windows[0].z, Span(0, windows[-1].y.stop), Span(0, windows[-1].x.stop))
+    first, last = windows[0], windows[-1]
+    whole = Box(first.z, Span(first.y.start, last.y.stop), Span(first.x.start, last.x.stop))
     if fetched_voxels(volume, whole) <= sum(fetched_voxels(volume, middle) for middle in middles):
-        voxels = read_box(volume, whole)
+        voxels = _read(volume, whole)
         return [_structure(voxels[middle.within(whole)][0]) for middle in middles]
-    return [_structure(read_box(volume, middle)[0]) for middle in middles]
+    return [_structure(_read(volume, middle)[0]) for middle in middles]
+
+
+def _read(volume: Volume, box: Box) -> NDArray[Any]:
+    voxels = read_box(volume, box)
+    if not np.isfinite(voxels).all():
+        raise InputError(
+            f"{volume.url} holds NaN or infinite voxels in slice z={box.z.start}: replace them (with 0, say) first"
+        )
+    return voxels
 
 
 def _structure(plane: NDArray[Any]) -> float:
-    """Of a (y, x) image, in grey levels; 0 if it has voxels that are no numbers."""
-    values = plane.astype(np.float64)
-    if not np.isfinite(values).all():
-        return 0.0
-    return float(np.median(np.abs(gaussian_filter(values, FINE) - gaussian_filter(values, COARSE))))
+    """Of a (y, x) image, in grey levels; 0 if it is flat for the most part."""
+    values = plane.astype(np.float64) - float(plane.flat[0])
+    found = float(np.median(np.abs(gaussian_filter(values, FINE) - gaussian_filter(values, COARSE))))
+    return found if found > ROUNDING * values.std() else 0.0
