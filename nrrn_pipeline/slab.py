@@ -172,8 +172,8 @@ def denoise_voxels(
 ) -> NDArray[Any]:
     """The noisy voxels of `slab.read` -> the denoised voxels of `slab.keep`, in the same dtype.
 
-    Tiles that keep nothing of the task's part, if it has one, are left as they are. A blank slice passes through
-    unchanged. `watch` is told how long the network took, and how long all else.
+    If the task has a part, tiles that keep nothing of it may stay as they are. A blank slice passes through unchanged.
+    `watch` is told how long the network took, and how long all else.
 
     Raises RunError if the network gives numbers that are not finite.
     """

@@ -78,8 +78,8 @@ def preview(
     if it broke off.
     """
     options, watch, started = options or Options(), watch or RunWatch(), perf_counter()
-    if not 1 <= max(count, len(places)) <= MOST_REGIONS or count < 1:
-        raise InputError(f"{max(count, len(places))} regions cannot be shown: ask for 1 to {MOST_REGIONS}")
+    if not 1 <= (shown := len(places) or count) <= MOST_REGIONS:
+        raise InputError(f"{shown} regions cannot be shown: ask for 1 to {MOST_REGIONS}")
     if not options.here:
         raise InputError("a preview is made on this machine: use the cluster local or serial")
     with TemporaryDirectory(prefix="nrrn-") as folder:  # that the plan has an output; it is not made

@@ -36,7 +36,7 @@ def rows_of(preview: Preview) -> dict[str, str]:
         region.name: f"noise {_noise(region.noise_before)} -> {_noise(region.noise_after)} grey levels"
         for region in preview.regions
     }
-    return regions | _facts(preview)
+    return _facts(preview) | regions
 
 
 def _facts(preview: Preview) -> dict[str, str]:

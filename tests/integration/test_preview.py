@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from nrrn_pipeline import Layout, Method, Options, denoise, open_volume, preview
+from nrrn_pipeline import Layout, Method, Options, denoise, ingest, open_volume, preview
 from nrrn_pipeline.geometry import Box, Span, box_of
 from nrrn_pipeline.previewing import Preview, picking
 from nrrn_pipeline.previewing.picking import pick_regions
@@ -57,7 +58,7 @@ def refuse_difference(found: Preview, source: Path, weights: Path | None, option
 @pytest.mark.usefixtures("small_windows")
 @pytest.mark.parametrize("roi", [None, Box(Span(2, 11), Span(5, 60), Span(3, 50))])
 def test_what_it_shows_is_what_denoise_writes(lab: Path, roi: Box | None) -> None:
-    options = Options(cluster="serial", device="cpu", layout=SMALL, roi=roi)
+    options = replace(SERIAL, roi=roi)
     found = preview(lab / "raw.zarr", lab / "w.safetensors", options)
     assert len({region.box.z.start // 4 for region in found.regions}) == 3, "one in each third"
     assert all(region.noisy.shape == (32, 32) for region in found.regions)
@@ -72,9 +73,18 @@ def test_filters_are_set_as_for_the_whole_volume(lab: Path, method: str) -> None
     refuse_difference(preview(lab / "raw.zarr", None, options, [(5, 31, 33)]), lab / "raw.zarr", None, options)
 
 
+def test_statistics_that_the_source_keeps_are_used(lab: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(lab / "raw.npy", image_like((7, 40, 50), "float32"))
+    ingest(lab / "raw.npy", lab / "kept.zarr")
+    with monkeypatch.context() as patch:
+        patch.setattr("nrrn_pipeline.statistics_pass._measure_each", None)  # called, it would be an error
+        found = preview(lab / "kept.zarr", lab / "w.safetensors", SERIAL, [(6, 9, 9)])
+    refuse_difference(found, lab / "kept.zarr", lab / "w.safetensors", SERIAL)
+
+
 @pytest.mark.usefixtures("small_windows")
 def test_a_level_is_shown_by_its_own_voxels(lab: Path) -> None:
-    source = ome_image(lab / "raw.ome.zarr", image_like((1, 1, 6, 80, 90)[2:])[None, None], levels=2)
+    source = ome_image(lab / "raw.ome.zarr", image_like((6, 80, 90))[None, None], levels=2)
     options = Options(cluster="serial", device="cpu", level=1)
     found = preview(source, lab / "w.safetensors", options, [(5, 39, 44), (0, 0, 0), (5, 39, 44)])
     assert [str(region.box) for region in found.regions] == ["5:6,8:40,13:45", "0:1,0:32,0:32"]
