@@ -56,7 +56,7 @@ def report_of(preview: Preview) -> Report:
     regions, plan = preview.regions, preview.forecast.plan
     noise = {INPUT: [each.noise_before for each in regions], DENOISED: [each.noise_after for each in regions]}
     names = [f"{number}: {region.name}" for number, region in enumerate(regions, start=1)]
-    columns = [Column(f"noise in {name.partition(':')[0]}", "levels", "lower") for name in names]
+    columns = [Column(f"noise in region {name.partition(':')[0]}", "levels", "lower") for name in names]
     return Report(
         title=f"Preview of {plan.source.group_url}",
         facts=_facts(preview),
@@ -80,7 +80,8 @@ def _method(plan: DenoisePlan) -> str:
     denoiser = plan.denoiser
     if isinstance(denoiser, Weights):
         return f"{denoiser.path}: {denoiser.architecture}"
-    return ", ".join(f"{name} {value}" for name, value in denoiser.settings["filter"].items() if value is not None)
+    told = {word: value for word, value in denoiser.settings["filter"].items() if value is not None}
+    return ", ".join([told.pop("name"), *(f"{word} {value}" for word, value in told.items())])
 
 
 def _noise(sigma: float | None) -> str:
