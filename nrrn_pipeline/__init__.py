@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nrrn_pipeline.options import Options
     from nrrn_pipeline.places import using_options
     from nrrn_pipeline.planning import Method
+    from nrrn_pipeline.previewing import preview, write_preview
     from nrrn_pipeline.slabs import Layout
     from nrrn_pipeline.training.fit import TrainSettings, TrainWatch
     from nrrn_pipeline.training.material import TrainingVolume
@@ -60,6 +61,7 @@ __all__ = [
     "ingest",
     "open_volume",
     "plan",
+    "preview",
     "read_manifest",
     "repair",
     "run_batch",
@@ -68,6 +70,7 @@ __all__ = [
     "train",
     "using_options",
     "verify",
+    "write_preview",
     "write_results",
     "write_training_page",
 ]
@@ -86,6 +89,7 @@ _HOMES = {
     "options": ("Options",),
     "places": ("using_options",),
     "planning": ("Method",),
+    "previewing": ("preview", "write_preview"),
     "slabs": ("Layout",),
     "training.fit": ("TrainSettings", "TrainWatch"),
     "training.material": ("TrainingVolume",),

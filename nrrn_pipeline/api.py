@@ -125,6 +125,11 @@ def plan(
     if made.denoiser == PAPER and not options.overwrite and Ledger(made.target.url).begun():
         raise InputError(f"{made.group_url} is begun: give its --weights, to plan what is left of it")
     check_output(made, options.overwrite)
+    return forecast_of(made, options)
+
+
+def forecast_of(made: DenoisePlan, options: Options) -> Forecast:
+    """What a plan will take with these options; runs one tile for a few seconds."""
     workers = _workers([made], options)
     network = _in_slot(made, options.device if options.here else "auto")
     cost = cost_of(made, options.slabs_each, measured=known_statistics(made) is not None)

@@ -34,6 +34,10 @@ class Span:
         """This span as a slice of an array that holds `origin`."""
         return slice(self.start - origin.start, self.stop - origin.start)
 
+    def meets(self, other: Span) -> bool:
+        """Whether they have a voxel in common."""
+        return self.start < other.stop and other.start < self.stop
+
     def grown(self, halo: int, bounds: Span) -> Span:
         """`halo` voxels more on each side, but none outside `bounds`."""
         return Span(max(self.start - halo, bounds.start), min(self.stop + halo, bounds.stop))

@@ -26,7 +26,7 @@ from nrrn_pipeline.network import Network, bytes_hash, choose_device, fastest_in
 from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.shipped import read_weights
-from nrrn_pipeline.slabs import Slab
+from nrrn_pipeline.slabs import Slab, Slabs
 from nrrn_pipeline.statistics import SliceStatistics
 from nrrn_pipeline.stitching import blended
 from nrrn_pipeline.stopwatch import Busy, Stopwatch
@@ -36,6 +36,7 @@ from nrrn_pipeline.writing import store_slab
 WORST_LEVELS = 0.5  # grey levels, root mean square, by which a faster precision may differ from float32 for uint8
 WORST_OF_STD = 1 / 64  # for any dtype, of a slice's standard deviation: half a level of 32
 SAMPLES = 8  # slabs that are looked at for an image
+GROUPED = 2  # slices apart, at most, that a network computes as one batch, whose size changes how numbers are rounded
 
 T = TypeVar("T")
 
@@ -45,10 +46,11 @@ computing, _loading = threading.Lock(), threading.Lock()
 
 @dataclass(frozen=True)
 class SlabTask:
-    """What a worker is sent: a slab and the statistics of the slices it reads."""
+    """What a worker is sent: a slab and the statistics of the slices it reads; what `part` is wanted, None: all."""
 
     slab: Slab
     statistics: SliceStatistics
+    part: Box | None = None
 
     def __str__(self) -> str:
         return f"slab {self.slab.key}"
@@ -67,18 +69,45 @@ def denoise_slab(plan: DenoisePlan, device: str, task: SlabTask) -> Record:
         with watch.during("prepare"):
             denoised = plan.denoiser.added(noisy, slab.keep)
     else:
-        with watch.during("load"):
-            network, arithmetic = load_network(plan, device)
-        with watch.during("decode"):
-            noisy = read_box(plan.source, slab.read)
-        with watch.during("wait"):
-            computing.acquire()
-        try:
-            denoised = denoise_voxels(noisy, task, network, plan, watch)
-        finally:
-            computing.release()
-        del noisy  # the next slab may be on its way
+        denoised, arithmetic = _denoised(plan, device, task, watch)
     return store_slab(plan, slab, denoised, watch, arithmetic)
+
+
+def denoise_part(plan: DenoisePlan, device: str, task: SlabTask) -> tuple[NDArray[Any], str]:
+    """The denoised voxels of a slab's part, which are not written, and the precision, for people.
+
+    Raises what denoise_slab does when it reads and computes.
+    """
+    assert task.part is not None
+    denoised, arithmetic = _denoised(plan, device, task, Stopwatch())
+    return denoised[task.part.within(task.slab.keep)], arithmetic
+
+
+def part_slabs(plan: DenoisePlan, part: Box) -> Slabs:
+    """Those of a plan's slabs that hold a part, of each only the slices that its voxels there depend on.
+
+    To the last bit: in y and x they are whole, so that tiles are those of the plan, and along z they have GROUPED
+    slices more on either side.
+    """
+    of_z, *of_yx = (
+        [cut for cut in cuts if cut.keep.meets(span)] for cuts, span in zip(plan.slabs.axes, part.spans, strict=True)
+    )
+    keeps = [part.z.grown(GROUPED, cut.keep) for cut in of_z]
+    return Slabs([Cut(keep, keep.grown(1, plan.source.box.z)) for keep in keeps], *of_yx)
+
+
+def _denoised(plan: DenoisePlan, device: str, task: SlabTask, watch: Stopwatch) -> tuple[NDArray[Any], str]:
+    """The denoised voxels of a slab, or what of them is wanted, and the precision; one slab computes at a time."""
+    with watch.during("load"):
+        network, arithmetic = load_network(plan, device)
+    with watch.during("decode"):
+        noisy = read_box(plan.source, task.slab.read)
+    with watch.during("wait"):
+        computing.acquire()
+    try:
+        return denoise_voxels(noisy, task, network, plan, watch), arithmetic
+    finally:
+        computing.release()
 
 
 def read_weights_of(weights: Weights) -> bytes:
@@ -143,7 +172,8 @@ def denoise_voxels(
 ) -> NDArray[Any]:
     """The noisy voxels of `slab.read` -> the denoised voxels of `slab.keep`, in the same dtype.
 
-    A blank slice passes through unchanged. `watch` is told how long the network took, and how long all else.
+    If the task has a part, tiles that keep nothing of it may stay as they are. A blank slice passes through unchanged.
+    `watch` is told how long the network took, and how long all else.
 
     Raises RunError if the network gives numbers that are not finite.
     """
@@ -161,11 +191,19 @@ def denoise_voxels(
             for (y, x), estimate in blended(tiles, slab.keep):
                 stack.in_levels(estimate, to[:, y, x])
         else:
-            in_lanes(network.lanes, partial(_denoise_tile, stack, timed, slab.keep, to), plan.tiles(slab))
+            in_lanes(
+                network.lanes, partial(_denoise_tile, stack, timed, slab.keep, to), _wanted(plan.tiles(slab), task)
+            )
     if watch is not None:
         watch.add("network", timed.busy.seconds)
         watch.add("prepare", perf_counter() - started - timed.busy.seconds)
     return denoised
+
+
+def _wanted(tiles: Iterator[tuple[Cut, Cut]], task: SlabTask) -> Iterator[tuple[Cut, Cut]]:
+    """The tiles that keep something of what is wanted."""
+    part = task.part or task.slab.keep
+    return ((y, x) for y, x in tiles if y.keep.meets(part.y) and x.keep.meets(part.x))
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from functools import partial
 from typing import cast
 
 from nrrn_pipeline.errors import InputError, RunError
-from nrrn_pipeline.geometry import Span, boxes_of
+from nrrn_pipeline.geometry import Box, Span, boxes_of
 from nrrn_pipeline.ledger import Ledger
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.progress import Progress
@@ -63,14 +63,38 @@ def covers(kept: SliceStatistics | None, plan: DenoisePlan) -> bool:
     return kept is not None and kept.z.stop >= plan.statistics_z.stop
 
 
+def statistics_of(
+    plan: DenoisePlan, runner: Runner, spans: Sequence[Span]
+) -> Generator[Progress, None, list[SliceStatistics]]:
+    """What slices of some spans are normalised with in the whole run; no others are measured, unless all count.
+
+    Raises InputError if they hold NaN.
+    """
+    if plan.method.statistics == "volume":
+        found = used_statistics(plan, (yield from all_statistics(plan, runner, None)))
+    elif (known := known_statistics(plan)) is not None:
+        found = known
+    else:
+        return (yield from _measure_each(plan, runner, spans))
+    return [found.of(z) for z in spans]
+
+
 def _measure(plan: DenoisePlan, runner: Runner, z: Span) -> Generator[Progress, None, SliceStatistics]:
-    boxes = statistics_boxes(plan.source, z)
-    parts = []
+    (found,) = yield from _measure_each(plan, runner, [z])
+    return found
+
+
+def _measure_each(
+    plan: DenoisePlan, runner: Runner, spans: Sequence[Span]
+) -> Generator[Progress, None, list[SliceStatistics]]:
+    groups = [statistics_boxes(plan.source, z) for z in spans]
+    boxes = [*dict.fromkeys(box for group in groups for box in group)]
+    parts: dict[Box, MeasuredBox] = {}
     yield Progress("statistics", 0, len(boxes))
     for outcome in runner(partial(measure_box, plan.source), boxes):
-        parts.append(measured(plan.source, outcome))
+        parts[outcome.item] = measured(plan.source, outcome)
         yield Progress("statistics", len(parts), len(boxes))
-    return merge_boxes(parts)
+    return [merge_boxes(parts[box] for box in group) for group in groups]
 
 
 def measured(source: Volume, outcome: Outcome) -> MeasuredBox:

@@ -24,7 +24,7 @@ from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.preparing import Location
 from nrrn_pipeline.report import figures
-from nrrn_pipeline.report.page import Evaluation, Figure, Row, html_of
+from nrrn_pipeline.report.page import Figure, Report, Row, html_of
 from nrrn_pipeline.report.pictures import removed_picture
 from nrrn_pipeline.shipped import located, read_weights
 from nrrn_pipeline.slabs import refuse_outside
@@ -240,7 +240,7 @@ def _facts_of_course(record: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _shown(learnt: Learnt, comparison: Comparison) -> Evaluation:
+def _shown(learnt: Learnt, comparison: Comparison) -> Report:
     """What the page shows."""
     given, denoised = comparison.compared
     rows = [Row(of.name, {COLUMNS[name].name: of.measures.get(name) for name in MEASURES}) for of in (given, denoised)]
@@ -249,12 +249,12 @@ def _shown(learnt: Learnt, comparison: Comparison) -> Evaluation:
     measured += "held out from training" if learnt.held_out else "from which it learnt: no slices were held out"
     about = {"measured": measured, "pictures": f"of slice z={box.z.start + len(box.z) // 2}"}
     caution = () if learnt.held_out else ("No slices were held out: what is shown, the network has learnt from.",)
-    return Evaluation(
+    return Report(
         title=f"How {learnt.name} was trained",
         facts=learnt.facts | about,
         columns=[COLUMNS[name] for name in MEASURES],
         rows=rows,
-        images={of.name: of.picture for of in (given, denoised)},
+        views={"The slice": {of.name: of.picture for of in (given, denoised)}},
         figures=_figures(learnt, given, denoised),
         notes=(*caution, ABOUT_NOISE, ABOUT_REMOVED),
     )

@@ -21,18 +21,8 @@ from nrrn_pipeline.cli.options import (
     parse_following,
     takes_options,
 )
-from nrrn_pipeline.cli.terminal import (
-    Watch,
-    by_text,
-    duration_text,
-    facts_of,
-    network_text,
-    out,
-    print_json,
-    print_rows,
-    progress_bar,
-)
-from nrrn_pipeline.cost import bytes_text, counted
+from nrrn_pipeline.cli.terminal import Watch, facts_of, network_text, out, print_json, print_rows, progress_bar
+from nrrn_pipeline.cost import by_text, bytes_text, counted, duration_text
 from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import GO_ON, readable
 

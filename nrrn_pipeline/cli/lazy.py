@@ -18,6 +18,7 @@ COMMANDS = {  # name: module of this package, what to call there, a line of help
     "noise": ("noise", "noise", "Measure the noise of a volume: how strong, where, and whether it is white."),
     "train": ("training", "train", "Train on the noisy volume itself: no clean data is needed."),
     "plan": ("denoising", "plan", "What a run would do, and what it would take."),
+    "preview": ("preview", "preview", "A few places before and after, as the full run will make them, on one page."),
     "denoise": ("denoising", "denoise", "Denoise a volume; run again, it goes on where it was."),
     "pyramid": ("ingest", "pyramid", "Add levels of lower resolution, for viewers."),
     "export": ("ingest", "export", "Write a volume as TIFF, MRC, HDF5, .npy or Zarr 2, for other tools."),

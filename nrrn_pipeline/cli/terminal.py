@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from nrrn_pipeline import api
-from nrrn_pipeline.cost import counted
+from nrrn_pipeline.cost import counted, duration_text
 from nrrn_pipeline.errors import GO_ON, readable
 from nrrn_pipeline.network import Architecture
 from nrrn_pipeline.progress import Progress as RunProgress
@@ -160,19 +160,6 @@ def network_text(network: Architecture) -> str:
     """A network in words."""
     kind = "" if network.kind == "nrrn" else f"{network.kind} ({network.inputs}), "
     return f"{kind}{counted(network.units, 'unit')}, {counted(network.channels, 'channel')}"
-
-
-def by_text(values: tuple[Any, ...]) -> str:
-    """Sizes such as 64 x 512 x 512."""
-    return " x ".join(f"{value:g}" for value in values)
-
-
-def duration_text(seconds: float) -> str:
-    """A time as people say it."""
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
 
 
 def print_columns(lines: Sequence[Sequence[str]]) -> None:

@@ -10,7 +10,7 @@ from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.filters import FILTERS
 from nrrn_pipeline.network import KINDS
 from nrrn_pipeline.preparing import describe_weights
-from nrrn_pipeline.report.page import INPUT, REFERENCE
+from nrrn_pipeline.report.page import INPUT, REFERENCE, REMOVED
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def candidates(methods: str, weights: Sequence[str]) -> list[Candidate]:
     names = [each.name.casefold() for each in found]  # they become folders, and not all disks tell cases apart
     if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"method {min(twice)} is there twice: write NAME=FILE with another name for one of them")
-    if taken := {INPUT, REFERENCE} & {*names}:
+    if taken := {INPUT, REFERENCE, REMOVED} & {*names}:
         raise InputError(f"method {min(taken)} cannot be: the name stands for something else; use another")
     if not names:
         raise InputError(f"methods {methods!r} name none to compare: give some, such as gaussian-avg,nlm-avg")

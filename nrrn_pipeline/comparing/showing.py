@@ -13,7 +13,7 @@ from nrrn_pipeline import storage
 from nrrn_pipeline.comparing.measuring import Compared, Comparison
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.report import figures
-from nrrn_pipeline.report.page import Column, Evaluation, Figure, Row, html_of
+from nrrn_pipeline.report.page import REFERENCE, Column, Figure, Report, Row, html_of
 
 COLUMNS = {
     "psnr_db": Column("PSNR", "dB", "higher"),
@@ -102,20 +102,22 @@ def shown_columns(compared: Sequence[Compared]) -> dict[str, Column]:
     return {name: column for name, column in COLUMNS.items() if name in there}
 
 
-def evaluation_of(comparison: Comparison, facts: Mapping[str, str]) -> Evaluation:
+def evaluation_of(comparison: Comparison, facts: Mapping[str, str]) -> Report:
     """What the page shows."""
     shown = shown_columns(comparison.compared)
     rows = [
         Row(found.name, {column.name: found.measures.get(name) for name, column in shown.items()})
         for found in comparison.compared
     ]
-    return Evaluation(
+    pictures = {found.name: found.picture for found in comparison.compared}
+    if comparison.reference is not None:
+        pictures[REFERENCE] = comparison.reference
+    return Report(
         title=f"Denoising of {comparison.source.group_url}",
         facts=facts,
         columns=[*shown.values()],
         rows=rows,
-        images={found.name: found.picture for found in comparison.compared},
-        reference=comparison.reference,
+        views={"The slice": pictures},
         figures=_figures(comparison, rows),
         notes=NOTES,
     )

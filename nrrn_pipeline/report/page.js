@@ -26,11 +26,10 @@ function compare(a, b, sign) {
 const ENLARGED = 6; // CSS pixels a voxel in the details
 const LARGEST_FRAME = 0.8; // of the window's height
 const byId = (id) => document.getElementById(id);
-const gallery = [...document.querySelectorAll("#gallery img")];
-const [width, height] = ["width", "height"].map((side) => Number(gallery[0].getAttribute(side)));
-const view = byId("view"), detail = document.querySelector(".detail"), divider = byId("divider"), lens = byId("lens"), zoom = byId("zoom");
+let gallery, width, height; // the chosen view's images, and their size
+const view = byId("view"), detail = document.querySelector(".detail"), divider = byId("divider"), lens = byId("lens"), zoom = byId("zoom"), which = byId("which");
 const sides = ["left", "right"];
-const seen = { split: 0.5, x: width / 2, y: height / 2, lensX: width / 2, lensY: height / 4 };
+const seen = { split: 0.5 };
 
 const clamp = (value, low, high) => Math.min(Math.max(value, low), Math.max(low, high));
 const scale = () => Number(zoom.value) / window.devicePixelRatio; // CSS pixels a voxel
@@ -89,17 +88,26 @@ function choose() {
   show();
 }
 
-function begin() {
-  byId("compare").hidden = false;
+function chooseView() {
+  for (const figure of document.querySelectorAll("#gallery figure")) figure.hidden = figure.dataset.view !== which.value;
+  gallery = [...document.querySelectorAll("#gallery figure:not([hidden]) img")];
+  const before = [width, height];
+  [width, height] = ["width", "height"].map((side) => Number(gallery[0].getAttribute(side)));
+  if (width !== before[0] || height !== before[1]) fit(); // of views of one size the same place is seen
+  choose();
+}
+
+function fit() {
+  Object.assign(seen, { x: width / 2, y: height / 2, lensX: width / 2, lensY: height / 4 });
   zoom.value = "1";
   for (const { value } of zoom.options) { // the largest that fits, and 1:1 if even that does not
     const enlarged = Number(value) / window.devicePixelRatio;
     const fits = width * enlarged <= room() && height * enlarged <= LARGEST_FRAME * window.innerHeight;
     if (Number(value) > 1 && fits) zoom.value = value;
   }
-  choose();
 }
 
+which.addEventListener("change", chooseView);
 for (const side of sides) byId(side).addEventListener("change", choose);
 byId("swap").addEventListener("click", () => {
   [byId("left").value, byId("right").value] = [byId("right").value, byId("left").value];
@@ -159,4 +167,5 @@ view.addEventListener("keydown", (event) => {
   show();
 });
 
-begin();
+byId("compare").hidden = false;
+chooseView();

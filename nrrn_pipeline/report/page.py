@@ -1,4 +1,4 @@
-"""One HTML file that shows an evaluation: its measures, its pictures side by side, its figures, and how it was made.
+"""One HTML file that reports on something: its measures, its pictures side by side, its figures, and how it was made.
 
 The file needs no network and no server. Its content security policy lets run nothing but the script and the style that
 are written here, so that no name, path or figure shown on the page can bring its own.
@@ -13,8 +13,9 @@ import io
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
+from itertools import groupby, starmap
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-INPUT, REFERENCE = "input", "reference"
+INPUT, REFERENCE, REMOVED = "input", "reference", "removed"
+LIMIT = 3  # standard deviations of what was removed, from middle grey to white
 ZOOMS = {"0.25": "1:4", "0.5": "1:2", "1": "1:1", "2": "2:1", "3": "3:1", "4": "4:1", "6": "6:1", "8": "8:1"}
 NOTHING = "\N{EN DASH}"
 ARROWS = {"higher": "\N{UPWARDS ARROW}", "lower": "\N{DOWNWARDS ARROW}"}
@@ -61,10 +63,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Figure:
-    """PNG or SVG bytes and what they show. Raises ValueError for bytes that are neither."""
+    """PNG or SVG bytes and what they show, under a title. Raises ValueError for bytes that are neither."""
 
     image: bytes
     caption: str
+    title: str = "Figures"
 
     def __post_init__(self) -> None:
         if self.kind is None:
@@ -79,48 +82,58 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What the page shows. Raises ValueError if images differ in shape, or there is none of the input.
+class Report:
+    """What the page shows. Raises ValueError if a view's pictures differ in shape, or views in what they show.
 
-    `rows` begins with the input, as method "input". `images` holds the same (y, x) slice of every method, in any dtype,
-    the input's among them; the last one is what the page first compares with the input.
+    views: by name, the same (y, x) slice of every method, in any dtype, the input's as "input" among them; "reference"
+    and "removed" are no methods. The last method is what the page first compares with the input.
+    rows: begin with the input, as method "input". Without columns there is no table.
+    warnings: what a reader must know before all else. folded: facts under titles, which a click unfolds.
     """
 
     title: str
     facts: Mapping[str, str]
-    columns: Sequence[Column]
-    rows: Sequence[Row]
-    images: Mapping[str, NDArray[Any]]
-    reference: NDArray[Any] | None = None
+    views: Mapping[str, Mapping[str, NDArray[Any]]]
+    columns: Sequence[Column] = ()
+    rows: Sequence[Row] = ()
     figures: Sequence[Figure] = ()
     notes: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    folded: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if INPUT not in self.images:
-            raise ValueError(f"there is no image {INPUT!r} among {', '.join(self.images) or 'none'}")
-        shapes = {image.shape for image in self.pictures.values()}
-        if len(shapes) > 1 or len(next(iter(shapes))) != 2:
-            raise ValueError(f"images are of shapes {sorted(shapes)}: they must be one (y, x) slice")
+        if len({tuple(view) for view in self.views.values()}) != 1:
+            raise ValueError("all views must show the same methods in the same order, and there must be a view")
+        if INPUT not in self.names:
+            raise ValueError(f"there is no image {INPUT!r} among {', '.join(self.names) or 'none'}")
+        for view, pictures in self.views.items():
+            shapes = {picture.shape for picture in pictures.values()}
+            if len(shapes) > 1 or len(next(iter(shapes))) != 2:
+                raise ValueError(f"images of {view!r} are of shapes {sorted(shapes)}: they must be one (y, x) slice")
 
     @property
-    def pictures(self) -> dict[str, NDArray[Any]]:
-        """All images, the reference last."""
-        return dict(self.images) | ({REFERENCE: self.reference} if self.reference is not None else {})
+    def names(self) -> list[str]:
+        """Of what each view shows."""
+        return list(next(iter(self.views.values())))
+
+    def all_of(self, name: str) -> NDArray[Any]:
+        """The voxels of its pictures in all views, in one line."""
+        return np.concatenate([view[name].ravel() for view in self.views.values()])
 
 
-def write_page(path: str | os.PathLike[str], evaluation: Evaluation) -> None:
+def write_page(path: str | os.PathLike[str], report: Report) -> None:
     """One HTML file, complete in itself; it opens in any browser, also from disk."""
-    Path(path).write_text(html_of(evaluation), encoding="utf-8")
+    Path(path).write_text(html_of(report), encoding="utf-8")
 
 
-def html_of(evaluation: Evaluation) -> str:
+def html_of(report: Report) -> str:
     """The page."""
     style, script = (resources.files(__package__).joinpath(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    title = _shown(evaluation.title)
+    title = _shown(report.title)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -135,13 +148,15 @@ def html_of(evaluation: Evaluation) -> str:
 <main>
 <header>
 <h1>{title}</h1>
-{_facts(evaluation.facts)}
+{_warnings(report.warnings)}
+{_facts(report.facts)}
 </header>
-{_table(evaluation.columns, evaluation.rows)}
-{_notes(evaluation.notes)}
-{_comparison(evaluation)}
-{_gallery(evaluation)}
-{_figures(evaluation.figures)}
+{_table(report.columns, report.rows)}
+{_notes(report.notes)}
+{_comparison(report)}
+{_gallery(report)}
+{_figures(report.figures)}
+{_folded(report.folded)}
 </main>
 <script>{script}</script>
 </body>
@@ -165,12 +180,19 @@ def display_range(image: NDArray[Any]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def _warnings(warnings: Sequence[str]) -> str:
+    items = "\n".join(f"<li>{_shown(warning)}</li>" for warning in warnings)
+    return f'<ul class="warnings" role="alert">\n{items}\n</ul>' if warnings else ""
+
+
 def _facts(facts: Mapping[str, str]) -> str:
     pairs = "\n".join(f"<div><dt>{_shown(name)}</dt><dd>{_shown(text)}</dd></div>" for name, text in facts.items())
     return f"<dl>\n{pairs}\n</dl>" if facts else ""
 
 
 def _table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    if not columns:
+        return ""
     best = [column.best(rows) for column in columns]
     body = "\n".join(
         f'<tr{" class=input" if row.method == INPUT else ""}><th scope="row">{_shown(row.method)}</th>'
@@ -221,13 +243,16 @@ def _notes(notes: Sequence[str]) -> str:
     return f'<section aria-labelledby="notes">\n<h2 id="notes">Notes</h2>\n<ul>\n{items}\n</ul>\n</section>'
 
 
-def _comparison(evaluation: Evaluation) -> str:
-    names = list(evaluation.pictures)
-    left, right = names.index(INPUT), len(evaluation.images) - 1
+def _comparison(report: Report) -> str:
+    names = report.names
+    methods = [number for number, name in enumerate(names) if name not in (INPUT, REFERENCE, REMOVED)]
+    left, right = names.index(INPUT), methods[-1] if methods else names.index(INPUT)
+    several = "" if len(report.views) > 1 else " hidden"
     zooms = "".join(f'<option value="{zoom}">{text}</option>' for zoom, text in ZOOMS.items())
     return f"""<section id="compare" aria-labelledby="comparison" hidden>
 <h2 id="comparison">Side by side</h2>
 <div class="controls">
+<label{several}>slice <select id="which">{_options(list(report.views), 0)}</select></label>
 <label>left <select id="left">{_options(names, left)}</select></label>
 <button type="button" id="swap">swap</button>
 <label>right <select id="right">{_options(names, right)}</select></label>
@@ -260,40 +285,64 @@ def _options(names: Sequence[str], chosen: int) -> str:
     )
 
 
-def _gallery(evaluation: Evaluation) -> str:
-    low, high = display_range(evaluation.images[INPUT] if evaluation.reference is None else evaluation.reference)
-    items = "\n".join(_thumbnail(name, grey_levels(image, low, high)) for name, image in evaluation.pictures.items())
-    source = INPUT if evaluation.reference is None else REFERENCE
+def _gallery(report: Report) -> str:
+    source = REFERENCE if REFERENCE in report.names else INPUT
+    low, high = display_range(report.all_of(source))
+    ranges = dict.fromkeys(report.names, (low, high))
+    removed = ""
+    if REMOVED in report.names:
+        limit = LIMIT * float(np.std(report.all_of(REMOVED))) or 1.0
+        ranges[REMOVED] = -limit, limit
+        removed = f" Of what was removed, middle grey is nothing, black {limit:.4g} below, white as much above."
+    items = "\n".join(
+        _thumbnail(number, f"{view}: {name}", name, grey_levels(picture, *ranges[name]))
+        for number, (view, pictures) in enumerate(report.views.items())
+        for name, picture in pictures.items()
+    )
     return f"""<section aria-labelledby="images">
 <h2 id="images">The same slice</h2>
 <p class="hint">One grey scale for all: black is {low:.4g}, white {high:.4g}, the 0.5th and 99.5th percentile of the
-{source}.</p>
+{source}.{removed}</p>
 <div id="gallery">
 {items}
 </div>
 </section>"""
 
 
-def _thumbnail(name: str, grey: NDArray[np.uint8]) -> str:
+def _thumbnail(view: int, told: str, name: str, grey: NDArray[np.uint8]) -> str:
     buffer = io.BytesIO()
     Image.fromarray(grey).save(buffer, "PNG", optimize=True)
     height, width = grey.shape
-    source, shown = _data_url("image/png", buffer.getvalue()), _shown(name)
+    source = _data_url("image/png", buffer.getvalue())
     return (
-        f'<figure><img src="{source}" width="{width}" height="{height}" alt="The slice: {shown}">'
-        f"<figcaption>{shown}</figcaption></figure>"
+        f'<figure data-view="{view}"><img src="{source}" width="{width}" height="{height}" alt="{_shown(told)}">'
+        f"<figcaption>{_shown(name)}</figcaption></figure>"
     )
 
 
 def _figures(figures: Sequence[Figure]) -> str:
-    if not figures:
-        return ""
-    items = "\n".join(
+    """A section a title."""
+    numbered = enumerate(figures, start=1)
+    groups = enumerate(groupby(numbered, key=lambda each: each[1].title), start=1)
+    return "\n".join(
+        f'<section aria-labelledby="figures-{number}">\n<h2 id="figures-{number}">{_shown(title)}</h2>\n'
+        + "\n".join(starmap(_figure, group))
+        + "\n</section>"
+        for number, (title, group) in groups
+    )
+
+
+def _figure(number: int, figure: Figure) -> str:
+    return (
         f'<figure class="plot"><img src="{_data_url(str(figure.kind), figure.image)}" alt="Figure {number}">'
         f"<figcaption><b>Figure {number}.</b> {_shown(figure.caption)}</figcaption></figure>"
-        for number, figure in enumerate(figures, start=1)
     )
-    return f'<section aria-labelledby="figures">\n<h2 id="figures">Figures</h2>\n{items}\n</section>'
+
+
+def _folded(folded: Mapping[str, Mapping[str, str]]) -> str:
+    return "\n".join(
+        f"<details>\n<summary>{_shown(title)}</summary>\n{_facts(facts)}\n</details>" for title, facts in folded.items()
+    )
 
 
 def _shown(text: str) -> str:

@@ -17,7 +17,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from nrrn_pipeline.report.page import Column, Evaluation, Figure, Row, display_range, grey_levels, html_of, write_page
+from nrrn_pipeline.report.page import Column, Figure, Report, Row, display_range, grey_levels, html_of, write_page
 from tests.browser import Browser, chromium
 
 HOSTILE = """</script><script>document.title = 'taken'</script><img src=x onerror="document.title = 'taken'">"""
@@ -35,8 +35,12 @@ def flat(grey: int) -> NDArray[np.uint8]:
     return image
 
 
-def evaluation(**changes: Any) -> Evaluation:
-    plain = Evaluation(
+def one_view(**pictures: NDArray[Any]) -> dict[str, dict[str, NDArray[Any]]]:
+    return {"The slice": pictures}
+
+
+def evaluation(**changes: Any) -> Report:
+    plain = Report(
         title="Of four methods",
         facts={"source": "s3://bucket/volume.zarr", "command": "nrrn evaluate a.zarr"},
         columns=(PSNR, TIME),
@@ -46,8 +50,7 @@ def evaluation(**changes: Any) -> Evaluation:
             Row("NRRN", {"PSNR": 30.25, "time": 3.0}),
             Row("equal", {"PSNR": math.inf}),
         ),
-        images={"input": flat(INPUT_GREY), "NRRN": flat(NRRN_GREY)},
-        reference=flat(REFERENCE_GREY),
+        views=one_view(input=flat(INPUT_GREY), NRRN=flat(NRRN_GREY), reference=flat(REFERENCE_GREY)),
         figures=(Figure(SVG, "A black box."),),
         notes=("Nothing was tuned.",),
     )
@@ -126,7 +129,7 @@ def test_hostile_text_is_shown_as_text() -> None:
         facts={HOSTILE: HOSTILE},
         columns=(Column(HOSTILE, HOSTILE),),
         rows=(Row("input", {}), Row(HOSTILE, {HOSTILE: 1.0})),
-        images={"input": flat(1), HOSTILE: flat(2)},
+        views=one_view(**{"input": flat(1), HOSTILE: flat(2)}),
         figures=(Figure(SVG, HOSTILE),),
         notes=(HOSTILE,),
     )
@@ -149,7 +152,7 @@ def test_what_cannot_be_seen_is_shown_by_its_code(tmp_path: Path, name: str, sho
 def test_images_are_on_the_page_pixel_by_pixel() -> None:
     image = np.random.default_rng(0).integers(0, 256, (40, 50), np.uint8)
     ramp = np.resize(np.arange(256, dtype=np.uint8), (40, 50))
-    page = Page(html_of(evaluation(images={"input": image, "NRRN": ramp}, reference=None, figures=())))
+    page = Page(html_of(evaluation(views=one_view(input=image, NRRN=ramp), figures=())))
     shown = [attributes for attributes in page.of("img") if attributes.get("src")]
     assert [(each["width"], each["height"], each["alt"]) for each in shown] == [
         ("50", "40", "The slice: input"),
@@ -163,7 +166,7 @@ def test_images_are_on_the_page_pixel_by_pixel() -> None:
 def test_the_grey_scale_is_that_of_the_reference_if_there_is_one() -> None:
     images = {"input": np.full((20, 20), 1000, np.uint16), "NRRN": np.full((20, 20), 3000, np.uint16)}
     reference = np.linspace(0, 4000, 400, dtype=np.float32).reshape(20, 20)
-    page = Page(html_of(evaluation(images=images, reference=reference)))
+    page = Page(html_of(evaluation(views=one_view(**images, reference=reference))))
     greys = [int(decoded(str(each["src"]))[0, 0]) for each in page.of("img") if each.get("width") == "20"]
     assert greys == [pytest.approx(255 / 4, abs=1), pytest.approx(255 * 3 / 4, abs=1), 0]
 
@@ -199,11 +202,45 @@ def test_the_best_value_is_the_one_that_the_measure_calls_better(better: Any, va
 
 def test_an_evaluation_of_images_that_differ_in_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"one \(y, x\) slice"):
-        evaluation(reference=np.zeros((3, 4)))
+        evaluation(views=one_view(input=flat(0), reference=np.zeros((3, 4))))
     with pytest.raises(ValueError, match=r"one \(y, x\) slice"):
-        evaluation(images={"input": np.zeros((3, 4, 5))}, reference=None)
+        evaluation(views=one_view(input=np.zeros((3, 4, 5))))
     with pytest.raises(ValueError, match="no image 'input' among NRRN"):
-        evaluation(images={"NRRN": flat(0)})
+        evaluation(views=one_view(NRRN=flat(0)))
+    with pytest.raises(ValueError, match="the same methods in the same order"):
+        evaluation(views={"a": {"input": flat(0)}, "b": {"input": flat(0), "NRRN": flat(0)}})
+    with pytest.raises(ValueError, match="there must be a view"):
+        evaluation(views={})
+
+
+def test_warnings_come_first_and_settings_are_folded_away() -> None:
+    page = Page(html_of(evaluation(warnings=("1 slab failed.",), folded={"Settings": {"halo": "16"}})))
+    assert page.text_in("li") == ["1 slab failed.", "Nothing was tuned."]
+    assert page.text_in("summary") == ["Settings"]
+    assert page.text_in("dd")[-1] == "16"
+    assert [details for details in page.of("details") if "open" not in details]
+
+
+def test_figures_stand_under_their_titles_and_a_page_needs_no_table() -> None:
+    titles = ("Noise", "Noise", "Speed")
+    figures = [Figure(SVG, f"of {number}", title) for number, title in enumerate(titles)]
+    page = Page(html_of(evaluation(figures=figures, columns=(), rows=(), notes=())))
+    assert page.text_in("h2") == ["Side by side", "The same slice", "Noise", "Speed"]
+    assert page.text_in("b") == ["Figure 1.", "Figure 2.", "Figure 3."]
+    assert page.of("table") == []
+
+
+def test_what_was_removed_has_its_own_greys_and_nothing_is_middle_grey() -> None:
+    removed = np.zeros((20, 20), np.float32)
+    removed[::2], removed[1::2] = -4, 4
+    removed[0, 0] = 0
+    pictures = {"input": np.full((20, 20), 1000, np.uint16), "NRRN": np.full((20, 20), 900, np.uint16)}
+    text = html_of(evaluation(views=one_view(**pictures, removed=removed)))
+    shown = [each for each in Page(text).of("img") if each.get("width") == "20"]
+    greys = decoded(str(shown[-1]["src"]))
+    assert greys[:2, :2].tolist() == [[127, 84], [170, 170]]
+    assert "middle grey is nothing, black 11.98 below" in text
+    assert '<option value="1" selected>NRRN' in text, "what was removed is no method"
 
 
 def test_a_figure_is_png_or_svg() -> None:
@@ -215,7 +252,7 @@ def test_a_page_of_ten_methods_is_below_5_megabytes(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     names = ["input", *(f"method {number}" for number in range(9))]
     images = {name: np.clip(rng.normal(128, 40, (512, 512)), 0, 255).astype(np.uint8) for name in names}
-    write_page(tmp_path / "a.html", evaluation(images=images, reference=images["input"]))
+    write_page(tmp_path / "a.html", evaluation(views=one_view(**images, reference=images["input"])))
     assert 1e6 < (tmp_path / "a.html").stat().st_size < 5e6
 
 
@@ -332,7 +369,7 @@ def test_either_side_shows_what_is_chosen_and_swap_changes_them_over(page: Brows
 def test_one_to_one_is_one_voxel_a_pixel_of_the_screen(browser: Browser, tmp_path: Path, ratio: float) -> None:
     rng = np.random.default_rng(0)
     images = {name: rng.integers(0, 256, (200, 200), np.uint8) for name in ("input", "NRRN")}
-    write_page(tmp_path / "page.html", evaluation(images=images, reference=None))
+    write_page(tmp_path / "page.html", evaluation(views=one_view(**images)))
     browser.open(tmp_path / "page.html", 800, 600, ratio)
     select(browser, "zoom", "1")
     browser.value("seen.split = 1; show()")
@@ -363,9 +400,38 @@ def test_the_details_follow_the_pointer(page: Browser) -> None:
     assert moved == f"translate({-6 * (round(at[0]) - 20)}px, {-6 * (round(at[1]) - 20)}px)"
 
 
+def test_views_of_several_shapes_are_chosen_from(browser: Browser, tmp_path: Path) -> None:
+    wide = np.zeros((60, 200), np.uint8)
+    views = {
+        "z = 3": {"input": flat(INPUT_GREY), "NRRN": flat(NRRN_GREY)},
+        "z = 5": {"input": flat(NRRN_GREY), "NRRN": flat(INPUT_GREY)},
+        "y = 7": {"input": wide + 50, "NRRN": wide + 200},
+    }
+    write_page(tmp_path / "page.html", evaluation(views=views))
+    browser.open(tmp_path / "page.html")
+    assert browser.value("[...which.options].map(e => e.textContent)") == [*views]
+    assert greys(browser)[[6, -6]].tolist() == [INPUT_GREY, NRRN_GREY]
+    browser.value("seen.x = 20; zoom.value = '8'; show()")
+    select(browser, "which", "1")
+    assert greys(browser)[[6, -6]].tolist() == [NRRN_GREY, INPUT_GREY]
+    assert browser.value("[seen.x, zoom.value]")[1] == "8", "the same place of another slice"
+    select(browser, "right", "0")
+    select(browser, "which", "2")
+    *_, width, height = browser.box("#view")
+    assert width / height == pytest.approx(200 / 60)
+    assert len(set(greys(browser).tolist())) == 3, "the input on both sides, and the divider's two greys"
+    alts = browser.value("[...document.querySelectorAll('#gallery figure:not([hidden]) img')].map(e => e.alt)")
+    assert alts == ["y = 7: input", "y = 7: NRRN"]
+    assert browser.complaints == []
+
+
+def test_one_view_is_nothing_to_choose_from(page: Browser) -> None:
+    assert page.value("which.closest('label').checkVisibility()") is False
+
+
 def test_hostile_names_run_nothing_in_a_browser(browser: Browser, tmp_path: Path) -> None:
-    images = {"input": flat(1), HOSTILE: flat(2)}
-    write_page(tmp_path / "page.html", evaluation(title="kept", rows=(Row(HOSTILE, {}),), images=images))
+    views = one_view(**{"input": flat(1), HOSTILE: flat(2)})
+    write_page(tmp_path / "page.html", evaluation(title="kept", rows=(Row(HOSTILE, {}),), views=views))
     browser.open(tmp_path / "page.html")
     select(browser, "left", "1")
     assert browser.value("document.title") == "kept"

@@ -79,6 +79,7 @@ def test_the_public_names_are_these() -> None:
         "ingest",
         "open_volume",
         "plan",
+        "preview",
         "read_manifest",
         "repair",
         "run_batch",
@@ -86,6 +87,7 @@ def test_the_public_names_are_these() -> None:
         "train",
         "using_options",
         "verify",
+        "write_preview",
         "write_results",
         "write_training_page",
     ]
