@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nrrn_pipeline.options import Options
     from nrrn_pipeline.places import using_options
     from nrrn_pipeline.planning import Method
+    from nrrn_pipeline.run_page import write_report
     from nrrn_pipeline.slabs import Layout
     from nrrn_pipeline.training.fit import TrainSettings, TrainWatch
     from nrrn_pipeline.training.material import TrainingVolume
@@ -65,6 +66,7 @@ __all__ = [
     "train",
     "using_options",
     "verify",
+    "write_report",
     "write_results",
     "write_training_page",
 ]
@@ -82,6 +84,7 @@ _HOMES = {
     "options": ("Options",),
     "places": ("using_options",),
     "planning": ("Method",),
+    "run_page": ("write_report",),
     "slabs": ("Layout",),
     "training.fit": ("TrainSettings", "TrainWatch"),
     "training.material": ("TrainingVolume",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 from nrrn_pipeline.denoisers import Weights, stack_bytes, working_bytes
 from nrrn_pipeline.errors import InputError
@@ -173,6 +174,19 @@ def bytes_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.2f} {unit}"
         count /= 1000
     raise AssertionError("unreachable")
+
+
+def by_text(values: tuple[Any, ...]) -> str:
+    """Sizes such as 64 x 512 x 512."""
+    return " x ".join(f"{value:g}" for value in values)
+
+
+def duration_text(seconds: float) -> str:
+    """A time as people say it."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def _tile_overhead(plan: DenoisePlan) -> float:

@@ -14,7 +14,8 @@ import typer
 from nrrn_pipeline import storage
 from nrrn_pipeline.benchmark import Task, columns_of, make_volume, parse_programs, run_benchmark, write_benchmark
 from nrrn_pipeline.cli.options import Device, StorageOptions, parse_triple
-from nrrn_pipeline.cli.terminal import by_text, err, network_text, out, print_columns
+from nrrn_pipeline.cli.terminal import err, network_text, out, print_columns
+from nrrn_pipeline.cost import by_text
 from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.network import NRRN, architecture_of, parse_header, weights_bytes
 from nrrn_pipeline.places import absolute

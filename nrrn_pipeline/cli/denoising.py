@@ -18,8 +18,8 @@ from nrrn_pipeline.cli.options import (
     parse_following,
     takes_options,
 )
-from nrrn_pipeline.cli.terminal import Watch, by_text, duration_text, network_text, out, print_rows, progress_bar
-from nrrn_pipeline.cost import bytes_text, counted
+from nrrn_pipeline.cli.terminal import Watch, network_text, out, print_rows, progress_bar
+from nrrn_pipeline.cost import by_text, bytes_text, counted, duration_text
 from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import GO_ON, readable
 

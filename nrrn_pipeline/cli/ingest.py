@@ -19,8 +19,8 @@ from nrrn_pipeline.cli.options import (
     parse_numbers,
     takes_options,
 )
-from nrrn_pipeline.cli.terminal import Watch, by_text, err, out, progress_bar
-from nrrn_pipeline.cost import bytes_text, counted
+from nrrn_pipeline.cli.terminal import Watch, err, out, progress_bar
+from nrrn_pipeline.cost import by_text, bytes_text, counted
 from nrrn_pipeline.errors import GO_ON, InputError, readable
 from nrrn_pipeline.exporting import export as write_file
 from nrrn_pipeline.ingesting import Intake, planned

@@ -84,19 +84,6 @@ def network_text(network: Architecture) -> str:
     return f"{kind}{counted(network.units, 'unit')}, {counted(network.channels, 'channel')}"
 
 
-def by_text(values: tuple[Any, ...]) -> str:
-    """Sizes such as 64 x 512 x 512."""
-    return " x ".join(f"{value:g}" for value in values)
-
-
-def duration_text(seconds: float) -> str:
-    """A time as people say it."""
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
-
-
 def print_columns(lines: Sequence[Sequence[str]]) -> None:
     """In columns for people, with tabs for scripts."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

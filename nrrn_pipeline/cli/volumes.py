@@ -12,8 +12,8 @@ import typer
 from nrrn_pipeline import api
 from nrrn_pipeline.checking import check
 from nrrn_pipeline.cli.options import Output, StorageOptions
-from nrrn_pipeline.cli.terminal import by_text, duration_text, err, out, print_rows, progress_bar
-from nrrn_pipeline.cost import bytes_text, counted
+from nrrn_pipeline.cli.terminal import err, out, print_rows, progress_bar
+from nrrn_pipeline.cost import by_text, bytes_text, counted, duration_text
 from nrrn_pipeline.errors import readable
 from nrrn_pipeline.network import architecture_of, bytes_hash, parse_header
 from nrrn_pipeline.shipped import SHIPPED, located, read_weights

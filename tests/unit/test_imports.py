@@ -85,6 +85,7 @@ def test_the_public_names_are_these() -> None:
         "train",
         "using_options",
         "verify",
+        "write_report",
         "write_results",
         "write_training_page",
     ]
