@@ -203,9 +203,13 @@ def curves(
     quantity: str,
     by: str,
     circled: tuple[ArrayLike, ArrayLike] = ((), ()),
+    level: float | None = None,
     from_zero: bool = True,
 ) -> bytes:
-    """A quantity by another, a line of (x, y) a name; some (x, y) may be circled. Few values are points too."""
+    """A quantity by another, a line of (x, y) a name; some (x, y) circled, and a dashed line at some level.
+
+    Few values are drawn as points too.
+    """
     found = {name: (np.asarray(x, float), np.asarray(y, float)) for name, (x, y) in _some(lines).items()}
 
     def draw(figure: Figure) -> None:
@@ -214,6 +218,8 @@ def curves(
             marker = "." if x.size <= MOST_POINTS else ""
             axes.plot(x, y, color=colour, linestyle=dashes, marker=marker, linewidth=1.2, label=_label(name))
         axes.plot(*circled, "o", color=ALARM, fillstyle="none", markersize=8)
+        if level is not None:
+            axes.axhline(level, color=BLACK, linestyle="--", linewidth=1.0)
         if from_zero:
             highest = [float(np.nanmax(y)) for _, y in found.values() if np.isfinite(y).any()]
             axes.set_ylim(0, 1.12 * max([0.0, *highest]) or 1.0)

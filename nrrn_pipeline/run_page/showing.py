@@ -9,11 +9,12 @@ from datetime import UTC, datetime
 from importlib.util import find_spec
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.comparing.showing import COLUMNS
 from nrrn_pipeline.cost import by_text, bytes_text, counted, duration_text
-from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.errors import InputError, NrrnError
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.preparing import Location, describe_weights
 from nrrn_pipeline.report import figures
@@ -62,15 +63,15 @@ def report_of(made: Made, looks: Looks, measured: Measured) -> Report:
     """What the page shows."""
     columns = [COLUMNS[name] for name in SHOWN_COLUMNS]
     rows = [
-        Row(name, {COLUMNS["noise_sigma"].name: float(_median(sigma)), COLUMNS["flat_iqr"].name: iqr})
+        Row(name, {COLUMNS["noise_sigma"].name: _median(sigma), COLUMNS["flat_iqr"].name: iqr})
         for name, sigma, iqr in zip((INPUT, DENOISED), measured.sigma, measured.iqr, strict=True)
     ]
     removed = (measured.whiteness, measured.structure)
     names = [column.name for column in columns[2:]]
     rows[1] = Row(DENOISED, {**rows[1].values, **dict(zip(names, removed, strict=True))})
     return Report(
-        title=f"Denoising of {name_of(made.source.group_url)}",
-        facts=_facts(made, looks),
+        title=f"{name_of(made.output.group_url)}: {name_of(made.source.group_url)} denoised",
+        facts=_facts(made, looks, measured),
         views=looks.views,
         columns=columns,
         rows=rows,
@@ -78,6 +79,7 @@ def report_of(made: Made, looks: Looks, measured: Measured) -> Report:
         notes=ABOUT,
         warnings=_warnings(made, measured),
         folded=_folded(made, measured),
+        at_a_glance=True,
     )
 
 
@@ -113,18 +115,21 @@ def _slices(slices: Sequence[int], most: int = 2**62) -> str:
     return f"Slice {named[0]}" if len(slices) == 1 else f"Slices {', '.join(named)}{more}"
 
 
-def _facts(made: Made, looks: Looks) -> dict[str, str]:
-    output = made.output
+def _facts(made: Made, looks: Looks, measured: Measured) -> dict[str, str]:
+    source, output = made.source, made.output
     size = f", voxels of {by_text(output.voxel_nm)} nm" if output.voxel_nm else ""
-    place = "" if made.box == made.source.box else f", its part {made.box} (z, y, x; slices are numbered as in it)"
-    y, x = looks.window.spans[1:]
+    place = "" if made.box == source.box else f"; of that {made.box} (z, y, x), in whose numbers all places are told"
+    before, after = map(_median, measured.sigma)
+    measurable = np.isfinite([before, after]).all()
+    shown = "" if looks.window.shape[1:] == made.part.shape[1:] else f"y {looks.window.y}, x {looks.window.x}: "
     return {
-        "state": f"{made.state.state}: {made.state.done} of {counted(made.state.total, 'slab')}",
-        "source": f"{made.source.url}, {by_text(made.source.shape)} {made.source.dtype}{place}",
+        "state": f"{made.state.state}, {made.state.done} of {counted(made.state.total, 'slab')}",
+        "noise": f"{before:.3g} grey levels before, {after:.3g} after" if measurable else "none that can be measured",
+        "source": f"{source.group_url}, {by_text(source.shape)} {source.dtype}{place}",
         "output": f"{output.group_url}, {by_text(output.shape)}{size}, {bytes_text(_bytes(output))}",
         "method": _method(made),
         "run": _course(made),
-        "pictures": f"y {y}, x {x} of slices {', '.join(map(str, looks.z))}",
+        **({"pictures": f"{shown}where there is most image, and one slice as a whole"} if shown else {}),
     }
 
 
@@ -138,7 +143,7 @@ def _method(made: Made) -> str:
     if "filter" in settings:
         return ", ".join(f"{name} {value}" for name, value in dict(settings["filter"]).items())
     where, digest = str(made.provenance.get("weights")), str(settings.get("weights sha256"))
-    with suppress(InputError):  # they may be gone by now
+    with suppress(NrrnError):  # they may be gone by now
         found = describe_weights(where)
         if found.sha256 == digest:
             card = f" (card: nrrn weights card {where})" if where in SHIPPED else ""
@@ -178,22 +183,22 @@ def _of_signal(made: Made, looks: Looks, measured: Measured) -> list[Figure]:
         caption = "Voxels in the flattest parts, less the median of their part: their spread is noise."
         made_of.append(Figure(figures.box_plots(flat, "deviation", "grey levels"), caption, SIGNAL))
     if made.statistics is not None:
-        mean = np.array(made.statistics.mean)
+        mean = np.where(np.array(made.statistics.std) > 0, made.statistics.mean, np.nan)  # or a 0 sets the scale
         odd = sorted({z for slices in measured.odd.values() for z in slices})
         at = np.array(odd, int) - made.box.z.start
         slices = np.arange(made.box.z.start, made.box.z.stop)
         drawn = figures.curves({INPUT: (slices, mean)}, "mean grey level", "slice", (odd, mean[at]), from_zero=False)
-        made_of.append(Figure(drawn, "Mean of each slice of the input; circled: slices that look wrong.", SIGNAL))
+        caption = "Mean of each slice of the input; blank ones are gaps, others that look wrong circled."
+        made_of.append(Figure(drawn, caption, SIGNAL))
     return made_of
 
 
 def _of_removed(measured: Measured) -> list[Figure]:
-    frequency, power = measured.spectrum
-    white = (frequency, np.ones_like(frequency))
-    drawn = figures.curves(
-        {REMOVED: (frequency, power), "white noise": white}, "power (mean 1)", "frequency (cycles a voxel)"
+    drawn = figures.curves({REMOVED: measured.spectrum}, "power (mean 1)", "frequency (cycles a voxel)", level=1.0)
+    about = (
+        "Spectrum of what was removed; dashed: white noise. More on the left is structure that was lost, less is noise "
+        "that was left."
     )
-    about = "Spectrum of what was removed. White noise is flat; more on the left is structure that was lost."
     also = "Autocorrelation of what was removed. White noise has a point in the middle, and no more."
     correlation = figures.residual_autocorrelation({REMOVED: measured.correlation})
     return [Figure(drawn, about, TAKEN), Figure(correlation, also, TAKEN)]
@@ -203,13 +208,8 @@ def _of_course(made: Made) -> list[Figure]:
     if not made.records:
         return []
     seconds, speed = speeds(made.records, made.share)
-    length, unit = (
-        next(
-            (length, unit) for length, unit in ((3600, "hours"), (60, "minutes"), (1, "s")) if seconds[-1] > 3 * length
-        )
-        if seconds[-1] > 3
-        else (1, "s")
-    )
+    units = ((length, unit) for length, unit in ((3600, "hours"), (60, "minutes")) if seconds[-1] > 3 * length)
+    length, unit = next(units, (1, "s"))
     drawn = figures.curves({DENOISED: (seconds / length, speed / 1e6)}, "million voxels/s", f"time ({unit})")
     return [Figure(drawn, "Speed over time, of all workers together, from the records of finished slabs.", COURSE)]
 
@@ -229,10 +229,12 @@ def _folded(made: Made, measured: Measured) -> dict[str, dict[str, str]]:
 
 
 def _text(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(each)}" for name, each in value.items())
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _median(sigma: np.ndarray) -> float:
+def _median(sigma: NDArray[np.float64]) -> float:
     """Of what could be measured; NaN if nothing could."""
     there = sigma[np.isfinite(sigma)]
     return float(np.median(there)) if there.size else float("nan")
