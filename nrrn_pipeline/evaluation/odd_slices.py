@@ -13,10 +13,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
-BLANK = "blank"
-BRIGHTNESS = "brighter or darker than the slices around"
-CONTRAST = "of other contrast than the slices around"
-STEP = "the first after a step of brightness"
+BLANK, BRIGHTNESS, CONTRAST, STEP = "blank", "brightness", "contrast", "brightness from there on"
 
 AROUND = 5  # slices on either side
 UNLIKELY = 6.0  # robust standard deviations

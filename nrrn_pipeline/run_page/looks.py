@@ -26,6 +26,7 @@ SAMPLES, MIDDLE = 64, 256
 MOST_STRETCHED = 16  # times, of voxels that are longer in z
 MOST_FETCHED = 2**31  # voxels, in whole chunks, of a cut across slices
 BAND = 256  # rows that are read at a time
+LONGEST_STRIP = 8  # times as long as high, of cuts across few slices
 LEAST = 64  # voxels of a window, where there are so many
 
 Views = dict[str, dict[str, NDArray[Any]]]
@@ -116,8 +117,8 @@ def _across(made: Made, window: Box, axis: str) -> tuple[str, dict[str, NDArray[
     depth, _, _ = made.output.voxel_size
     width = made.output.voxel_size[2 if axis == "y" else 1]
     down, across = (min(MOST_STRETCHED, size / min(depth, width)) for size in (depth, width))
-    along = middle_of(along, int(SIDE / across))
     z = middle_of(made.part.z, int(SIDE / down))
+    along = middle_of(along, int(min(SIDE, max(LEAST, LONGEST_STRIP * len(z) * down)) / across))
     while True:
         box = Box(z, fixed, along) if axis == "y" else Box(z, along, fixed)
         if len(z) == 1 or fetched_voxels(made.source, box) <= MOST_FETCHED:
@@ -125,7 +126,8 @@ def _across(made: Made, window: Box, axis: str) -> tuple[str, dict[str, NDArray[
         z = middle_of(z, len(z) // 2)
     before, after = (stretched(each.squeeze(1 if axis == "y" else 2), down, across) for each in made.pair(box))
     plane = "xz" if axis == "y" else "yz"
-    return f"{plane} at {axis} = {fixed.start}, z {z} down", compared(before, after)
+    of = "" if z == made.part.z else f", z {z}"
+    return f"{plane}, {axis} = {fixed.start}{of}", compared(before, after)
 
 
 def _overview(made: Made, z: int) -> tuple[str, dict[str, NDArray[Any]]]:
@@ -134,8 +136,7 @@ def _overview(made: Made, z: int) -> tuple[str, dict[str, NDArray[Any]]]:
     factor = -(-max(slice_.shape[1:]) // SIDE)
     before = _reduced(made.source, slice_, factor)
     after = _reduced(made.output, slice_.shifted(made.box), factor)
-    means = f", means of {factor} x {factor} voxels" if factor > 1 else ""
-    return f"z = {z}, whole slice{means}", compared(before, after)
+    return f"z = {z}, whole slice, 1:{factor}", compared(before, after)
 
 
 def _reduced(volume: Volume, slice_: Box, factor: int) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.evaluation.flat import flat_deviations, flat_windows
-from nrrn_pipeline.evaluation.odd_slices import odd_slices
+from nrrn_pipeline.evaluation.odd_slices import BLANK, CONTRAST, odd_slices
 from nrrn_pipeline.evaluation.signal import interquartile_range
 from nrrn_pipeline.evaluation.without_reference import (
     autocorrelation,
@@ -24,7 +24,7 @@ from nrrn_pipeline.run_page.looks import Looks
 from nrrn_pipeline.run_page.made import Made
 from nrrn_pipeline.volume_noise import outliers
 
-NOISE = "of other noise than the slices around (of those sampled)"
+NOISE = "noise"  # what is wrong with slices of those sampled
 MOMENTS = 60  # at which speed is told
 
 Floats = NDArray[np.float64]
@@ -104,6 +104,7 @@ def _odd(made: Made, looks: Looks, sigma: Floats) -> dict[str, list[int]]:
     else:
         first, _ = looks.samples
         blank = [z for z, plane in zip(looks.sampled, first, strict=True) if np.ptp(plane) == 0]
-        found = {"blank (of those sampled)": blank} if blank else {}
+        found = {BLANK: blank} if blank else {}
     noisy = [looks.sampled[at] for at in outliers(np.nan_to_num(sigma).tolist())]
+    noisy = [z for z in noisy if z not in found.get(CONTRAST, ())]  # of which noise is the cause
     return found | ({NOISE: noisy} if noisy else {})

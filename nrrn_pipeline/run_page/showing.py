@@ -15,13 +15,14 @@ from nrrn_pipeline import storage
 from nrrn_pipeline.comparing.showing import COLUMNS
 from nrrn_pipeline.cost import by_text, bytes_text, counted, duration_text
 from nrrn_pipeline.errors import InputError, NrrnError
+from nrrn_pipeline.evaluation.odd_slices import BLANK, BRIGHTNESS, CONTRAST, STEP
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.preparing import Location, describe_weights
 from nrrn_pipeline.report import figures
 from nrrn_pipeline.report.page import INPUT, REMOVED, Figure, Report, Row, html_of
 from nrrn_pipeline.run_page.looks import DENOISED, Looks, look_at
 from nrrn_pipeline.run_page.made import Made, open_made
-from nrrn_pipeline.run_page.measuring import Measured, measure, speeds
+from nrrn_pipeline.run_page.measuring import NOISE, Measured, measure, speeds
 from nrrn_pipeline.shipped import SHIPPED, model_card
 from nrrn_pipeline.volume import Volume
 from nrrn_pipeline.volume.metadata import name_of
@@ -33,7 +34,16 @@ ABOUT = (
     "slices sampled. Flat IQR: the interquartile range of voxels in the flattest parts, found automatically.",
     "What was removed should look like noise. Whiteness: the strongest autocorrelation of it, 0 for white noise. "
     "Structure: the share of its power at coarse scales, 0.126 for white noise; more says that structure was lost.",
+    "Pictures: in xz and yz slices go down, and voxels are repeated until their proportions are true. Of a whole slice "
+    "at 1:n each pixel is the mean of n x n voxels.",
 )
+WRONG = {
+    BLANK: "blank, and left as it was",
+    BRIGHTNESS: "brighter or darker than the slices around",
+    STEP: "the first after a step of brightness",
+    CONTRAST: "of other contrast than the slices around",
+    NOISE: "of other noise than the slices around, by those sampled",
+}
 SIGNAL, TAKEN, COURSE = "Noise and signal", "What was removed", "The run"
 
 
@@ -94,7 +104,7 @@ def _warnings(made: Made, measured: Measured) -> list[str]:
         found.append(f"Slab {key} failed: {reason}")
     if (more := len(made.state.failed) - MOST_NAMED) > 0:
         found.append(f"{counted(more, 'slab')} more failed: see below.")
-    found += [f"{_slices(slices, MOST_NAMED)}: {reason}." for reason, slices in measured.odd.items()]
+    found += [f"{_slices(slices, MOST_NAMED)}: {WRONG[reason]}." for reason, slices in measured.odd.items()]
     if made.statistics is None:
         found.append("The means of the source's slices are lost: jumps of brightness are not looked for.")
     if made.damaged:
