@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nrrn_pipeline.places import using_options
     from nrrn_pipeline.planning import Method
     from nrrn_pipeline.previewing import preview, write_preview
+    from nrrn_pipeline.run_page import write_report
     from nrrn_pipeline.slabs import Layout
     from nrrn_pipeline.training.fit import TrainSettings, TrainWatch
     from nrrn_pipeline.training.material import TrainingVolume
@@ -71,6 +72,7 @@ __all__ = [
     "using_options",
     "verify",
     "write_preview",
+    "write_report",
     "write_results",
     "write_training_page",
 ]
@@ -90,6 +92,7 @@ _HOMES = {
     "places": ("using_options",),
     "planning": ("Method",),
     "previewing": ("preview", "write_preview"),
+    "run_page": ("write_report",),
     "slabs": ("Layout",),
     "training.fit": ("TrainSettings", "TrainWatch"),
     "training.material": ("TrainingVolume",),

@@ -25,6 +25,7 @@ COMMANDS = {  # name: module of this package, what to call there, a line of help
     "status": ("volumes", "status", "How far a run is, wherever it is driven from."),
     "verify": ("volumes", "verify", "Whether an output is whole."),
     "repair": ("denoising", "repair", "Denoise again what of an output is damaged."),
+    "report": ("report", "report", "Show a run on one page: whether it is good, and what it did."),
     "batch": ("batch", "batch", "Denoise many volumes on one cluster."),
     "evaluate": ("evaluate", "evaluate", "Denoise by several methods, and measure each."),
     "ground-truth": ("ground_truth", "ground_truth", "A reference image out of repeated scans."),

@@ -93,6 +93,27 @@ def low_frequency_share(residual: NDArray[Any], below: float = 0.2) -> float:
     return float(np.sum(power * is_low) / total) if total > 0 else 0.0
 
 
+def radial_spectrum(residual: NDArray[Any], bins: int = 32) -> tuple[Floats, Floats]:
+    """(n,) frequencies up to 0.5 cycles a voxel, and the residual's mean power at each, whatever its direction.
+
+    In units of the mean of all of them, so that white noise has 1 everywhere. Each slice's mean is removed; rings that
+    hold no frequency of so small a slice are left out. All 0 for a residual that is constant in every slice.
+    """
+    _refuse_small(residual, 2)
+    y, x = (np.fft.fftfreq(length) for length in residual.shape[1:])
+    frequency = np.hypot(y[:, None], x)
+    power = sum(np.square(np.abs(np.fft.fft2(plane))) for plane in _centred(residual))
+    inside = (frequency > 0) & (frequency <= 0.5)
+    ring = np.minimum(frequency[inside] * 2 * bins, bins - 1).astype(np.intp)
+    counts, total, middles = (
+        np.bincount(ring, weights, bins) for weights in (None, np.asarray(power)[inside], frequency[inside])
+    )
+    there = counts > 0
+    found = total[there] / counts[there]
+    mean = float(total.sum() / counts.sum())
+    return middles[there] / counts[there], found / mean if mean > 0 else found
+
+
 def brightness_steps(volume: NDArray[Any]) -> Floats:
     """(z-1,) |difference of mean brightness| of successive slices, grey levels."""
     return np.abs(np.diff([plane.mean(dtype=np.float64) for plane in volume]))

@@ -27,8 +27,9 @@ WIDTH_IN, DPI = 6.0, 150  # of every figure: 900 pixels
 # Okabe & Ito 2008, which the colour-blind tell apart; without its yellow, too pale for lines, and its black
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", ":", "-.")  # once all colours are used
-GREY, BLACK = "#767676", "#000000"
-BINS = 40
+GREY, BLACK, ALARM = "#767676", "#000000", "#B3261E"
+BINS, GREYS = 40, 128
+MOST_POINTS = 40  # of a line, that are drawn one by one
 LONGEST_NAME = 28  # characters
 MOST_ABOVE = 4  # times as far above the median loss as the lowest is below it
 STYLE = {
@@ -193,6 +194,61 @@ def training_curves(losses: Sequence[tuple[float, float]], looks: Sequence[tuple
         axes.set_xlabel("step")
         axes.set_ylabel("loss")
         axes.legend(frameon=False)
+
+    return _png(draw, 2.6)
+
+
+def curves(
+    lines: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    quantity: str,
+    by: str,
+    circled: tuple[ArrayLike, ArrayLike] = ((), ()),
+    level: float | None = None,
+    from_zero: bool = True,
+) -> bytes:
+    """A quantity by another, a line of (x, y) a name; some (x, y) circled, and a dashed line at some level.
+
+    Few values are drawn as points too.
+    """
+    found = {name: (np.asarray(x, float), np.asarray(y, float)) for name, (x, y) in _some(lines).items()}
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for (name, (x, y)), (colour, dashes) in zip(found.items(), _looks(found), strict=True):
+            marker = "." if x.size <= MOST_POINTS else ""
+            axes.plot(x, y, color=colour, linestyle=dashes, marker=marker, linewidth=1.2, label=_label(name))
+        axes.plot(*circled, "o", color=ALARM, fillstyle="none", markersize=8)
+        if level is not None:
+            axes.axhline(level, color=BLACK, linestyle="--", linewidth=1.0)
+        if from_zero:
+            highest = [float(np.nanmax(y)) for _, y in found.values() if np.isfinite(y).any()]
+            axes.set_ylim(0, 1.12 * max([0.0, *highest]) or 1.0)
+        if len(found) > 1:
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+        axes.set_xlabel(_plain(by))
+        axes.set_ylabel(_plain(quantity))
+
+    return _png(draw, 2.6)
+
+
+def histograms(values: Mapping[str, ArrayLike], quantity: str = "grey level") -> bytes:
+    """How often each value is, a line a name, on one axis without the outermost thousandth of all values."""
+    finite = {name: _finite(found) for name, found in _some(values).items()}
+    pooled = np.concatenate(list(finite.values()))
+    low, high = np.percentile(pooled, [0.1, 99.9]) if pooled.size else (0.0, 1.0)
+    whole = all(np.asarray(found).dtype.kind in "iu" for found in values.values())
+    step = max(1.0, np.ceil((high - low) / GREYS)) if whole else (high - low) / GREYS or 1.0  # no comb of empty levels
+    edges = np.arange(low, high + 2 * step, step) - step / 2
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for (name, found), (colour, _) in zip(finite.items(), _looks(finite), strict=True):
+            share = np.histogram(found, edges)[0] / max(1, found.size) * 100
+            axes.stairs(
+                share, edges, color=colour, linewidth=1.3, fill=name == INPUT, alpha=0.5 if name == INPUT else 1
+            )
+        axes.set(xlabel=_plain(quantity), ylabel="voxels (%)", xlim=(edges[0], edges[-1]), ylim=(0, None))
+        figure.legend(axes.patches, [_label(name) for name in finite], loc="outside right upper", frameon=False)
 
     return _png(draw, 2.6)
 

@@ -89,6 +89,7 @@ class Report:
     and "removed" are no methods. The last method is what the page first compares with the input.
     rows: begin with the input, as method "input". Without columns there is no table.
     warnings: what a reader must know before all else. folded: facts under titles, which a click unfolds.
+    at_a_glance: pictures stand before the table, and figures two abreast.
     """
 
     title: str
@@ -100,6 +101,7 @@ class Report:
     notes: Sequence[str] = ()
     warnings: Sequence[str] = ()
     folded: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    at_a_glance: bool = False
 
     def __post_init__(self) -> None:
         if len({tuple(view) for view in self.views.values()}) != 1:
@@ -134,6 +136,9 @@ def html_of(report: Report) -> str:
         "base-uri 'none'; form-action 'none'"
     )
     title = _shown(report.title)
+    measures = f"{_table(report.columns, report.rows)}\n{_notes(report.notes)}"
+    pictures = f"{_comparison(report)}\n{_gallery(report)}"
+    first, second = (pictures, measures) if report.at_a_glance else (measures, pictures)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -151,11 +156,9 @@ def html_of(report: Report) -> str:
 {_warnings(report.warnings)}
 {_facts(report.facts)}
 </header>
-{_table(report.columns, report.rows)}
-{_notes(report.notes)}
-{_comparison(report)}
-{_gallery(report)}
-{_figures(report.figures)}
+{first}
+{second}
+{_figures(report.figures, "abreast" if report.at_a_glance else "")}
 {_folded(report.folded)}
 </main>
 <script>{script}</script>
@@ -320,14 +323,15 @@ def _thumbnail(view: int, told: str, name: str, grey: NDArray[np.uint8]) -> str:
     )
 
 
-def _figures(figures: Sequence[Figure]) -> str:
-    """A section a title."""
+def _figures(figures: Sequence[Figure], kind: str) -> str:
+    """A section a title, its figures in a division of that kind."""
     numbered = enumerate(figures, start=1)
     groups = enumerate(groupby(numbered, key=lambda each: each[1].title), start=1)
     return "\n".join(
         f'<section aria-labelledby="figures-{number}">\n<h2 id="figures-{number}">{_shown(title)}</h2>\n'
+        + f'<div class="{kind}">\n'
         + "\n".join(starmap(_figure, group))
-        + "\n</section>"
+        + "\n</div>\n</section>"
         for number, (title, group) in groups
     )
 

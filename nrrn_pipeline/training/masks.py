@@ -48,14 +48,14 @@ def _by_blocks(volume: Volume, box: Box, wanted: Callable[[NDArray[Any]], NDArra
     return found
 
 
-def best_window(blocks: dict[int, Blocks], part: Box) -> Box:
-    """Where the masks of some slices (z) of a part leave most, within WINDOW voxels along y and x; some leave some."""
+def best_window(blocks: dict[int, Blocks], part: Box, side: int = WINDOW) -> Box:
+    """Where the masks of some slices (z) of a part leave most, within `side` voxels along y and x; some leave some."""
     there = [z for z, own in blocks.items() if own.any()]
     counts = np.sum([blocks[z] for z in there], axis=0, dtype=np.int64)
     spans = [Span(min(there), max(there) + 1)]
     for axis, span in ((0, part.y), (1, part.x)):
         along = counts.sum(axis=1 - axis)
-        width = min(WINDOW // BLOCK, len(along))
+        width = min(side // BLOCK, len(along))
         start = int(np.argmax(np.convolve(along, np.ones(width, np.int64), "valid")))
         left = np.flatnonzero(along[start : start + width]) + start
         first, last = int(left[0]), int(left[-1])

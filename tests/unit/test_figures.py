@@ -18,6 +18,8 @@ from nrrn_pipeline.report.figures import (
     BINS,
     bars,
     box_plots,
+    curves,
+    histograms,
     noise_by_signal,
     patch_histogram,
     profile,
@@ -73,6 +75,22 @@ DRAWN: dict[str, tuple[Callable[[], bytes], Callable[[], bytes]]] = {  # a figur
     ),
     "bars": (lambda: bars(rows(20.0, 30.0), PSNR), lambda: bars(rows(20.0, 25.0), PSNR)),
     "noise": (lambda: noise_by_signal(noise(0.5)), lambda: noise_by_signal(noise(0.7))),
+    "histograms": (
+        lambda: histograms({"input": spread(0), "NRRN": spread(1)}),
+        lambda: histograms({"input": spread(0), "NRRN": spread(2)}),
+    ),
+    "one grey level": (
+        lambda: histograms({"input": np.full(9, 7, np.uint8)}),
+        lambda: histograms({"input": np.full(9, 8, np.uint8)}),
+    ),
+    "curves": (
+        lambda: curves({"input": ([1, 2, 3], [4, 5, np.nan])}, "noise", "slice", level=1.0),
+        lambda: curves({"input": ([1, 2, 3], [4, 5, np.nan])}, "noise", "slice", ([2], [5])),
+    ),
+    "nothing known": (
+        lambda: curves({"input": ([1, 2], [np.nan, np.nan])}, "noise", "slice"),
+        lambda: curves({"input": ([1, 2], [3, np.nan])}, "noise", "slice"),
+    ),
     "one autocorrelation": (
         lambda: residual_autocorrelation({"denoised": correlation(0.1)}),
         lambda: residual_autocorrelation({"denoised": correlation(-0.1)}),

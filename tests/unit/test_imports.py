@@ -88,6 +88,7 @@ def test_the_public_names_are_these() -> None:
         "using_options",
         "verify",
         "write_preview",
+        "write_report",
         "write_results",
         "write_training_page",
     ]

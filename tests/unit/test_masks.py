@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -144,16 +145,16 @@ def test_no_number_is_no_part_of_a_mask(tmp_path: Path) -> None:
     assert np.argwhere(blocks_of(volume, volume.box)).tolist() == [[1, 0, 0]]
 
 
-def test_the_best_window_is_where_most_of_the_mask_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masks, "WINDOW", 3 * BLOCK)
+def test_the_best_window_is_where_most_of_the_mask_is() -> None:
     blocks = np.zeros((10, 9), np.bool_)
     part = Box.parse("2:9,5:150,3:140")
+    found = partial(best_window, part=part, side=3 * BLOCK)
     blocks[1, 1] = True
-    assert best_window({3: blocks, 4: np.zeros_like(blocks)}, part) == Box.parse("3:4,16:32,16:32")
+    assert found({3: blocks, 4: np.zeros_like(blocks)}) == Box.parse("3:4,16:32,16:32")
     blocks[5:7, 6:9] = True
-    assert best_window({3: blocks, 6: blocks, 8: np.zeros_like(blocks)}, part) == Box.parse("3:7,80:112,96:140")
+    assert found({3: blocks, 6: blocks, 8: np.zeros_like(blocks)}) == Box.parse("3:7,80:112,96:140")
     blocks[:] = True
-    window = best_window({3: blocks}, part)
+    window = found({3: blocks})
     assert (window.y.start, len(window.y)) == (5, 43)
     assert (window.x.start, len(window.x)) == (3, 45)
 
