@@ -67,6 +67,7 @@ __all__ = [
     "verify",
 ]
 
+COPIED = {"ingested": "ingest", "aligned": "align"}  # settings that tell what made a volume
 PAPER = Weights(path="", sha256="", units=4, channels=64)
 
 
@@ -252,9 +253,9 @@ def repair(
         levels = _add_levels(volume, replace(options or Options(), overwrite=False), watch or RunWatch())
         return problems, replace(levels[0], done=0, level_slabs=sum(level.done for level in levels))
     settings, provenance = ledger.settings() or {}, get_provenance(volume.group_url) or {}
-    if "ingested" in settings:
+    if command := next((word for made, word in COPIED.items() if made in settings), None):
         ledger.forget_all({checked.slab for checked in found if checked.slab and checked.level == 0})
-        raise RunError(f"{problems[0]}: what is damaged counts as not done now; run the same nrrn ingest again")
+        raise RunError(f"{problems[0]}: what is damaged counts as not done now; run the same nrrn {command} again")
     if "noise" in settings:
         raise InputError(f"{output} cannot be repaired: it is synthetic noise; make it again with --overwrite")
     try:

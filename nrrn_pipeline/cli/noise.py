@@ -19,7 +19,7 @@ from nrrn_pipeline.cli.options import (
     parse_box,
     takes_options,
 )
-from nrrn_pipeline.cli.terminal import Watch, out, print_rows, progress_bar
+from nrrn_pipeline.cli.terminal import Watch, drift_text, out, print_rows, progress_bar
 from nrrn_pipeline.cost import counted
 from nrrn_pipeline.errors import GO_ON, InputError
 from nrrn_pipeline.network import Architecture
@@ -74,6 +74,7 @@ def _rows(found: VolumeNoise) -> dict[str, str]:
         "along z": " -> ".join(f"{np.median(part):.3g}" for part in np.array_split(strong, min(5, len(strong)))),
         "unlike their neighbours": f"slices {named}{more}" if named else "no slices",
         "successive slices": f"correlate by {found.likeness:.2f}",
+        **({} if found.drift is None else {"neighbouring slices": drift_text(found.drift)}),
         "loss to train with": f"{loss}: {why}",
     }
 

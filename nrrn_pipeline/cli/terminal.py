@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nrrn_pipeline import api
 from nrrn_pipeline.cost import counted
+from nrrn_pipeline.drift import LARGEST, Drift
 from nrrn_pipeline.errors import readable
 from nrrn_pipeline.network import Architecture
 from nrrn_pipeline.progress import Progress as RunProgress
@@ -87,6 +88,20 @@ def network_text(network: Architecture) -> str:
 def by_text(values: tuple[Any, ...]) -> str:
     """Sizes such as 64 x 512 x 512."""
     return " x ".join(f"{value:g}" for value in values)
+
+
+def drift_text(found: Drift) -> str:
+    """Whether neighbouring slices are aligned, in words."""
+    if not found.told:
+        return "cannot be compared: most share no structure that noise does not hide"
+    return step_text(float(found.steps.max()), found.worst_z)
+
+
+def step_text(largest: float, z: int) -> str:
+    """The same, of the largest shift between neighbours, at a slice z."""
+    if largest <= LARGEST:
+        return f"aligned within {max(largest, 0.1):.1f} voxels"
+    return f"WARNING: shifted against each other by up to {largest:.1f} voxels (z={z}); nrrn align moves them back"
 
 
 def duration_text(seconds: float) -> str:

@@ -12,12 +12,13 @@ import typer
 from nrrn_pipeline import api
 from nrrn_pipeline.checking import check
 from nrrn_pipeline.cli.options import Output, StorageOptions
-from nrrn_pipeline.cli.terminal import by_text, duration_text, err, out, print_rows, progress_bar
+from nrrn_pipeline.cli.terminal import by_text, duration_text, err, out, print_rows, progress_bar, step_text
 from nrrn_pipeline.cost import bytes_text, counted
-from nrrn_pipeline.errors import readable
+from nrrn_pipeline.errors import StorageError, readable
 from nrrn_pipeline.network import architecture_of, bytes_hash, parse_header
 from nrrn_pipeline.shipped import SHIPPED, located, read_weights
-from nrrn_pipeline.volume import get_provenance, open_volume
+from nrrn_pipeline.volume import Volume, get_provenance, open_volume
+from nrrn_pipeline.volume_drift import glance
 
 
 def info(
@@ -44,9 +45,19 @@ def info(
         "chunk": by_text(volume.chunk),
         "shard": "none" if volume.chunk == volume.write_unit else by_text(volume.write_unit),
         "axes": ",".join(volume.axes),
+        "neighbouring slices": _neighbours(volume),
     }
     made = get_provenance(path)
     print_rows(rows | ({"nrrn": json.dumps(made, indent=1)} if made else {}))
+
+
+def _neighbours(volume: Volume) -> str:
+    """Whether they are aligned, at a glance."""
+    try:
+        found = glance(volume)
+    except StorageError:  # it may be a run's that goes on just now
+        found = None
+    return "not known; see nrrn align" if found is None else f"at a glance, {step_text(*found)}"
 
 
 def verify(
