@@ -40,7 +40,7 @@ AROUND = 15  # slices on either side, whose median is the step to expect
 PERSISTS = 5  # slices before and after that are looked at
 TREND = 101  # slices that slow drift is fitted to
 STIFF = 0.02  # weight of what is left of a shift, against its changes between neighbours
-LARGEST = 1.25  # voxels between neighbours that are called aligned: whole voxels leave 1 at most
+LARGEST = 1.5  # voxels between neighbours that are called aligned: whole voxels leave 1 along each axis at most
 
 Floats = NDArray[np.float64]
 Spectrum = NDArray[np.complex64]

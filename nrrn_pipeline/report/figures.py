@@ -181,7 +181,7 @@ def drift_curves(found: Drift) -> bytes:
         below.text(1.01, LARGEST, "aligned below", transform=below.get_yaxis_transform(), va="center", color=GREY)
         below.set_ylim(0, 1.1 * max(LARGEST, float(found.steps.max())))
         below.set_ylabel("step (voxels)")
-        jumps = f"vertical: {counted(len(found.jumps), 'jump')}" if found.jumps else "no jumps"
+        jumps = "vertical lines: jumps" if found.jumps else "no jumps"
         below.set_xlabel(f"slice; {jumps if found.told else 'too little could be measured'}")
         for axes in (above, below):
             for jump in found.jumps:
