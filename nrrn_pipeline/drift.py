@@ -51,8 +51,8 @@ Pair = tuple[int, int, Floats | None]  # a slice, one before it, and the shift o
 class Drift:
     """Where the structure of each slice from first_z on lies.
 
-    position: (n, 2) y and x in voxels, against the first slice; where `known` (n,) is False it is interpolated: the
-    slice is blank, or its structure is not found in its neighbours.
+    position: (n, 2) y and x in voxels, against the first slice that is known. Where `known` (n,) is False it is that of
+    the slice before: the slice is blank, or its structure is not found in its neighbours.
     """
 
     first_z: int
@@ -67,7 +67,8 @@ class Drift:
     @property
     def compared(self) -> NDArray[np.bool_]:
         """(n,) whether a slice and the one before are known."""
-        return self.known & np.concatenate([[False], self.known[:-1]])
+        found: NDArray[np.bool_] = self.known & np.concatenate([[False], self.known[:-1]])
+        return found
 
     @cached_property
     def jumps(self) -> tuple[int, ...]:
@@ -203,7 +204,7 @@ def _shift(before: list[Spectrum], after: list[Spectrum], shape: tuple[int, ...]
         product += cross / np.maximum(np.abs(cross), np.finfo(np.float32).tiny)
     product *= weights
     surface = fft.irfft2(product, shape)
-    if surface.max() < SURE * noise * len(before) ** 0.5:
+    if not surface.max() >= SURE * noise * len(before) ** 0.5:  # nor if it is no number
         return None
     peak = np.array(np.unravel_index(int(surface.argmax()), shape), float)
     peak -= np.where(peak > np.array(shape) // 2, shape, 0)
@@ -258,7 +259,9 @@ def _positions(pairs: list[Pair], known: NDArray[np.bool_]) -> Floats:
         weights = sure / (1 + np.square(off / DOUBTED))
     there = np.flatnonzero(known)
     found = fitted[np.searchsorted(compared, there)]
-    return np.stack([np.interp(np.arange(len(known)), there, along - along[0]) for along in found.T], axis=1)
+    last = np.searchsorted(there, np.arange(len(known)), side="right") - 1
+    placed: Floats = (found - found[0])[last.clip(min=0)]
+    return placed
 
 
 def _fitted(later: NDArray[Any], before: NDArray[Any], shifts: Floats, weights: Floats) -> Floats:

@@ -70,8 +70,8 @@ def glance(volume: Volume) -> tuple[float, int] | None:
         return None
     found = []
     for z in sorted({round(along) for along in np.linspace(0, volume.shape[0] - 2, GLANCES)}):
-        pair = drift_of([plane] for plane in read_box(volume, Box(Span(z, z + 2), y, x)))
-        if pair.told:
+        planes = read_box(volume, Box(Span(z, z + 2), y, x))
+        if np.isfinite(planes).all() and (pair := drift_of([plane] for plane in planes)).told:
             found.append((float(np.hypot(*pair.position[1])), z + 1))
     return max(found, default=None)
 

@@ -110,7 +110,8 @@ class _Report:
         lacking = [str(found.first_z + int(i)) for i in np.flatnonzero(~found.known)]
         rows = {"not measured": f"slices {_named(lacking)}: blank, or unlike all around" if lacking else "no slices"}
         if found.told:
-            jumps = [f"{z} ({found.steps[z - found.first_z]:.1f})" for z in found.jumps]
+            far = np.hypot(*np.diff(found.position, axis=0, prepend=0).T)
+            jumps = [f"{z} ({far[z - found.first_z]:.1f})" for z in found.jumps]
             fate = "undone with the rest" if self.undo_trend else "kept, as slanting structure looks alike"
             rows |= {
                 "drift": f"{np.median(found.steps[found.compared]):.2f} voxels from one slice to the next, median; "

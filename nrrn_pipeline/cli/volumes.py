@@ -14,7 +14,7 @@ from nrrn_pipeline.checking import check
 from nrrn_pipeline.cli.options import Output, StorageOptions
 from nrrn_pipeline.cli.terminal import by_text, duration_text, err, out, print_rows, progress_bar, step_text
 from nrrn_pipeline.cost import bytes_text, counted
-from nrrn_pipeline.errors import StorageError, readable
+from nrrn_pipeline.errors import readable
 from nrrn_pipeline.network import architecture_of, bytes_hash, parse_header
 from nrrn_pipeline.shipped import SHIPPED, located, read_weights
 from nrrn_pipeline.volume import Volume, get_provenance, open_volume
@@ -55,7 +55,7 @@ def _neighbours(volume: Volume) -> str:
     """Whether they are aligned, at a glance."""
     try:
         found = glance(volume)
-    except StorageError:  # it may be a run's that goes on just now
+    except OSError:  # damaged, perhaps, or a run's that goes on just now
         found = None
     return "not known; see nrrn align" if found is None else f"at a glance, {step_text(*found)}"
 

@@ -81,6 +81,16 @@ def test_slices_that_are_blank_are_passed_over() -> None:
     assert (found.steps[[0, 1, 7, 8, 9, 10, 23]] == 0).all(), "nothing was compared there"
 
 
+def test_a_jump_behind_blank_slices_is_one_jump() -> None:
+    places = STILL.copy()
+    places[14:] += (6, -7)
+    voxels = drifting(places)
+    voxels[13:15] = 0
+    found = drift_of(one_by_one(voxels))
+    assert found.jumps == (15,)
+    assert (found.moves()[15] - found.moves()[12]).tolist() == [6, -7]
+
+
 def test_a_slice_that_is_like_no_other_is_not_known_and_moves_no_neighbour() -> None:
     voxels = drifting(STILL)
     voxels[11] = np.random.default_rng(1).integers(0, 256, voxels[11].shape)
