@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nrrn_pipeline.aligning import align, measure_drift
     from nrrn_pipeline.api import RunWatch, add_levels, add_noise, denoise, import_weights, plan, repair, status, verify
     from nrrn_pipeline.batch import read_manifest, run_batch
     from nrrn_pipeline.cli.terminal import showing_progress
@@ -52,6 +53,7 @@ __all__ = [
     "Yardstick",
     "add_levels",
     "add_noise",
+    "align",
     "candidates",
     "compare",
     "denoise",
@@ -60,6 +62,7 @@ __all__ = [
     "follow",
     "import_weights",
     "ingest",
+    "measure_drift",
     "open_volume",
     "plan",
     "preview",
@@ -78,6 +81,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "aligning": ("align", "measure_drift"),
     "api": ("RunWatch", "add_levels", "add_noise", "denoise", "import_weights", "plan", "repair", "status", "verify"),
     "batch": ("read_manifest", "run_batch"),
     "cli.terminal": ("showing_progress",),

@@ -67,6 +67,7 @@ __all__ = [
     "verify",
 ]
 
+COPIED = {"ingested": "ingest", "exported": "export", "aligned": "align"}  # settings that tell what made a volume
 PAPER = Weights(path="", sha256="", units=4, channels=64)
 
 
@@ -257,7 +258,7 @@ def repair(
         levels = _add_levels(volume, replace(options or Options(), overwrite=False), watch or RunWatch())
         return problems, replace(levels[0], done=0, level_slabs=sum(level.done for level in levels))
     settings, provenance = ledger.settings() or {}, get_provenance(volume.group_url) or {}
-    if command := next((word for word in ("ingest", "export") if f"{word}ed" in settings), None):
+    if command := next((word for made, word in COPIED.items() if made in settings), None):
         ledger.forget_all({checked.slab for checked in found if checked.slab and checked.level == 0})
         raise RunError(f"{problems[0]}: what is damaged counts as not done now; run the same nrrn {command} again")
     if "noise" in settings:

@@ -31,6 +31,8 @@ from nrrn_pipeline.places import REQUESTS_AT_ONCE
 from nrrn_pipeline.slabs import MAX_SLABS, Plan, Slab, slab_key
 from nrrn_pipeline.statistics import MeasuredBox, SliceStatistics, document_of, measured_box
 
+LONGEST = 200  # characters of a setting in a message
+
 
 @dataclass(frozen=True)
 class Record:
@@ -356,7 +358,12 @@ def _document_of(plan: Plan) -> dict[str, Any]:
 def _changes(old: dict[str, Any], plan: Plan) -> list[str]:
     changed = _keys_changed(old, plan)
     keys = [key for key in {**old, **plan.settings} if key in changed]
-    return [f"{key} was {old.get(key)}, now {plan.settings.get(key)}" for key in keys]
+    return [f"{key} was {_short(old.get(key))}, now {_short(plan.settings.get(key))}" for key in keys]
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def _keys_changed(old: dict[str, Any], plan: Plan) -> set[str]:

@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from nrrn_pipeline.drift import LEAST_SIDE, Drift, DriftMeter
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Span
 from nrrn_pipeline.noise_details import NoiseCurve, measure_curve, neighbour_noise, slice_sigma
@@ -31,7 +32,7 @@ class VolumeNoise:
     curve: by signal. sigma: of each slice from `first_z` on, in grey levels, 0 where there is none to be measured, as
     in a blank one. outliers: slices (z) whose noise is not what slices around have. shared: correlation of the noise of
     voxels beside each other along y and x, median over slices (noise_details.neighbour_noise). likeness: mean
-    correlation of successive slices, 1 if they are equal.
+    correlation of successive slices, 1 if they are equal. drift: of the slices' middles; None if these are too small.
     """
 
     curve: NoiseCurve
@@ -40,6 +41,7 @@ class VolumeNoise:
     shared: tuple[float, float]
     likeness: float
     first_z: int = 0
+    drift: Drift | None = None
 
     @property
     def white(self) -> bool:
@@ -61,7 +63,7 @@ def measure_volume(volume: Volume, part: Box | None = None) -> VolumeNoise:
     part = part or volume.box
     curve = noise_of(volume, part)
     sigma, shared, likeness = [], [], []
-    before = None
+    before, meter = None, DriftMeter()
     for z, plane in enumerate(_middles(volume, part), start=part.z.start):
         if not np.isfinite(plane).all():
             raise InputError(f"{volume.url} holds NaN or infinite voxels in slice z={z}: replace them (with 0, say)")
@@ -71,6 +73,8 @@ def measure_volume(volume: Volume, part: Box | None = None) -> VolumeNoise:
             if before is not None:
                 likeness.append(float(np.corrcoef(before.ravel(), plane.ravel())[0, 1]))
         before = plane if sigma[-1] > 0 else None
+        if min(plane.shape) >= LEAST_SIDE:
+            meter.add([plane])
     if not likeness:
         raise InputError(
             f"{volume.url} has no two successive slices with noise to be measured in their middle: it is blank, "
@@ -79,7 +83,13 @@ def measure_volume(volume: Volume, part: Box | None = None) -> VolumeNoise:
     y, x = np.median(shared, axis=0)
     unlike = tuple(part.z.start + i for i in outliers(sigma))
     return VolumeNoise(
-        curve, tuple(sigma), unlike, (float(y), float(x)), likeness=float(np.mean(likeness)), first_z=part.z.start
+        curve,
+        tuple(sigma),
+        unlike,
+        (float(y), float(x)),
+        likeness=float(np.mean(likeness)),
+        first_z=part.z.start,
+        drift=meter.drift(part.z.start) if min(plane.shape) >= LEAST_SIDE else None,
     )
 
 

@@ -16,6 +16,7 @@ COMMANDS = {  # name: module of this package, what to call there, a line of help
     "ingest": ("ingest", "ingest", "From the microscope's files to one OME-Zarr volume."),
     "info": ("volumes", "info", "Describe a volume or a weights file."),
     "noise": ("noise", "noise", "Measure the noise of a volume: how strong, where, and whether it is white."),
+    "align": ("align", "align", "Measure how slices are shifted against each other, and move them back."),
     "train": ("training", "train", "Train on the noisy volume itself: no clean data is needed."),
     "plan": ("denoising", "plan", "What a run would do, and what it would take."),
     "preview": ("preview", "preview", "A few places before and after, as the full run will make them, on one page."),

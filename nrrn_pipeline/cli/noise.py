@@ -21,9 +21,9 @@ from nrrn_pipeline.cli.options import (
     parse_box,
     takes_options,
 )
-from nrrn_pipeline.cli.terminal import Watch, out, print_json, print_rows, progress_bar
+from nrrn_pipeline.cli.terminal import Watch, drift_text, out, print_json, print_rows, progress_bar
 from nrrn_pipeline.cost import counted
-from nrrn_pipeline.errors import GO_ON, InputError
+from nrrn_pipeline.errors import GO_ON, InputError, few
 from nrrn_pipeline.network import Architecture
 from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.places import absolute
@@ -70,8 +70,7 @@ def _rows(found: VolumeNoise) -> dict[str, str]:
     strong, model = sigma[sigma > 0], found.curve.model
     ends = {"black": model.black, "white": model.white}
     loss, why = loss_for(found, Architecture.published("nrrn"))
-    named = ", ".join(f"{z} ({sigma[z - found.first_z]:.3g})" for z in found.outliers[:MOST_NAMED])
-    more = f" and {len(found.outliers) - MOST_NAMED} more" if len(found.outliers) > MOST_NAMED else ""
+    named = few([f"{z} ({sigma[z - found.first_z]:.3g})" for z in found.outliers], MOST_NAMED)
     return {
         "noise": f"{np.median(strong):.3g} grey levels, median of {counted(len(strong), 'slice')}",
         "by signal": f"{curve.sigma[0]:.3g} at {curve.signal[0]:.3g}, {curve.sigma[-1]:.3g} at {curve.signal[-1]:.3g}; "
@@ -79,8 +78,9 @@ def _rows(found: VolumeNoise) -> dict[str, str]:
         + (f": counts, each of {model.gain:.4g} grey levels" if model.counts else ""),
         "cut off": " and ".join(f"at {name} ({at:g})" for name, at in ends.items() if at is not None) or "nowhere",
         "along z": " -> ".join(f"{np.median(part):.3g}" for part in np.array_split(strong, min(5, len(strong)))),
-        "unlike their neighbours": f"slices {named}{more}" if named else "no slices",
+        "unlike their neighbours": f"slices {named}" if named else "no slices",
         "successive slices": f"correlate by {found.likeness:.2f}",
+        **({} if found.drift is None else {"neighbouring slices": drift_text(found.drift)}),
         "loss to train with": f"{loss}: {why}",
     }
 

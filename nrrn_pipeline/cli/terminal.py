@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from math import isfinite
 from typing import Any
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from nrrn_pipeline import api
 from nrrn_pipeline.cost import counted, duration_text
+from nrrn_pipeline.drift import LARGEST, Drift
 from nrrn_pipeline.errors import GO_ON, readable
 from nrrn_pipeline.network import Architecture
 from nrrn_pipeline.progress import Progress as RunProgress
@@ -136,6 +138,8 @@ def print_json(facts: Mapping[str, Any]) -> None:
 
 def _in_json(value: Any) -> Any:
     match value:
+        case np.ndarray() | np.generic():
+            return _in_json(value.tolist())
         case Mapping():
             return {str(name): _in_json(part) for name, part in value.items()}
         case str() | int() | None:
@@ -160,6 +164,20 @@ def network_text(network: Architecture) -> str:
     """A network in words."""
     kind = "" if network.kind == "nrrn" else f"{network.kind} ({network.inputs}), "
     return f"{kind}{counted(network.units, 'unit')}, {counted(network.channels, 'channel')}"
+
+
+def drift_text(found: Drift) -> str:
+    """Whether neighbouring slices are aligned, in words."""
+    if not found.told:
+        return "cannot be compared: most share no structure that noise does not hide"
+    return step_text(float(found.steps.max()), found.worst_z)
+
+
+def step_text(largest: float, z: int) -> str:
+    """The same, of the largest shift between neighbours, at a slice z."""
+    if largest <= LARGEST:
+        return f"aligned within {max(largest, 0.1):.1f} voxels"
+    return f"WARNING: shifted against each other by up to {largest:.1f} voxels (z={z}); nrrn align moves them back"
 
 
 def print_columns(lines: Sequence[Sequence[str]]) -> None:

@@ -12,12 +12,13 @@ import typer
 from nrrn_pipeline import api
 from nrrn_pipeline.checking import check
 from nrrn_pipeline.cli.options import Json, Made, StorageOptions
-from nrrn_pipeline.cli.terminal import err, out, print_json, print_rows, progress_bar
+from nrrn_pipeline.cli.terminal import err, out, print_json, print_rows, progress_bar, step_text
 from nrrn_pipeline.cost import by_text, bytes_text, counted, duration_text
 from nrrn_pipeline.errors import readable
 from nrrn_pipeline.network import architecture_of, bytes_hash, parse_header
 from nrrn_pipeline.shipped import SHIPPED, located, read_weights
-from nrrn_pipeline.volume import count_levels, get_provenance, open_volume
+from nrrn_pipeline.volume import Volume, count_levels, get_provenance, open_volume
+from nrrn_pipeline.volume_drift import glance
 
 
 def info(
@@ -43,6 +44,7 @@ def info(
         return
     volume, made = open_volume(path), get_provenance(path)
     if as_json:
+        largest_z = _glance(volume)
         facts = {
             "url": volume.url,
             "shape": volume.shape,
@@ -53,6 +55,7 @@ def info(
             "shard": volume.write_unit,
             "axes": volume.axes,
             "levels": max(1, count_levels(path)),
+            "largest_step": largest_z and {"voxels": largest_z[0], "z": largest_z[1]},
             "nrrn": made,
         }
         print_json(facts)
@@ -66,8 +69,23 @@ def info(
         "chunk": by_text(volume.chunk),
         "shard": "none" if volume.chunk == volume.write_unit else by_text(volume.write_unit),
         "axes": ",".join(volume.axes),
+        "neighbouring slices": _neighbours(volume),
     }
     print_rows(rows | ({"nrrn": json.dumps(made, indent=1)} if made else {}))
+
+
+def _glance(volume: Volume) -> tuple[float, int] | None:
+    """See glance; None if it cannot be read."""
+    try:
+        return glance(volume)
+    except OSError:  # damaged, perhaps, or a run's that goes on just now
+        return None
+
+
+def _neighbours(volume: Volume) -> str:
+    """Whether they are aligned, at a glance."""
+    found = _glance(volume)
+    return "not known; see nrrn align" if found is None else f"at a glance, {step_text(*found)}"
 
 
 def verify(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nrrn_pipeline.drift import LARGEST, Drift
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.noise_details import NoiseCurve
 from nrrn_pipeline.report.page import INPUT, REFERENCE, Column, Row
@@ -158,6 +159,36 @@ def noise_curves(found: VolumeNoise) -> bytes:
         right.set_xlabel(f"slice; circled: {len(found.outliers)} unlike their neighbours")
 
     return _png(draw, 2.6)
+
+
+def drift_curves(found: Drift) -> bytes:
+    """Where slices lie along y and x, with the trend; and how far each is shifted against the one before, beyond that.
+
+    Jumps are vertical lines. Slices that are blank, or that nothing could be measured of, are left out.
+    """
+    z = found.first_z + np.arange(len(found.position))
+    position = np.where(found.known[:, None], found.position, np.nan)
+
+    def draw(figure: Figure) -> None:
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        for along, trend, name, colour in zip(position.T, found.trend.T, "yx", COLOURS, strict=False):
+            above.plot(z, along, color=colour, linewidth=1.0, label=name)
+            if found.told:
+                above.plot(z, trend, "--", color=colour, linewidth=1.0, label=f"{name}, trend")
+        above.set_ylabel("position (voxels)")
+        above.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        below.plot(z, np.where(found.compared, found.steps, np.nan), ".-", color=BLACK, linewidth=0.6, markersize=2)
+        below.axhline(LARGEST, color=GREY, linestyle=":", linewidth=1.0)
+        below.text(1.01, LARGEST, "aligned below", transform=below.get_yaxis_transform(), va="center", color=GREY)
+        below.set_ylim(0, 1.1 * max(LARGEST, float(found.steps.max())))
+        below.set_ylabel("step (voxels)")
+        jumps = "vertical lines: jumps" if found.jumps else "no jumps"
+        below.set_xlabel(f"slice; {jumps if found.told else 'too little could be measured'}")
+        for axes in (above, below):
+            for jump in found.jumps:
+                axes.axvline(jump - 0.5, color=GREY, linewidth=0.6, zorder=0)
+
+    return _png(draw, 3.6)
 
 
 def noise_by_signal(curve: NoiseCurve) -> bytes:

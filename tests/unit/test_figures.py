@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from nrrn_pipeline.drift import Drift
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.noise_details import NoiseCurve
 from nrrn_pipeline.noise_model import NoiseModel
@@ -19,6 +20,7 @@ from nrrn_pipeline.report.figures import (
     bars,
     box_plots,
     curves,
+    drift_curves,
     histograms,
     noise_by_signal,
     patch_histogram,
@@ -52,6 +54,12 @@ def noise(gain: float) -> NoiseCurve:
     model = NoiseModel(gain, 9.0, 1.0, black=0.0)
     signal = np.linspace(5, 200, 8)
     return NoiseCurve(tuple(signal), tuple(model.as_seen(signal)[1]), model)
+
+
+def drift(jump: float) -> Drift:
+    position = np.random.default_rng(0).uniform(-0.5, 0.5, (40, 2))
+    position[20:] += jump
+    return Drift(5, position, np.arange(40) != 9)
 
 
 FALLING = [(1.0, 90.0), (2.0, 3.0), (3.0, 2.0), (4.0, 1.5), (5.0, 1.4)]
@@ -91,6 +99,7 @@ DRAWN: dict[str, tuple[Callable[[], bytes], Callable[[], bytes]]] = {  # a figur
         lambda: curves({"input": ([1, 2], [np.nan, np.nan])}, "noise", "slice"),
         lambda: curves({"input": ([1, 2], [3, np.nan])}, "noise", "slice"),
     ),
+    "drift": (lambda: drift_curves(drift(3.0)), lambda: drift_curves(drift(4.0))),
     "one autocorrelation": (
         lambda: residual_autocorrelation({"denoised": correlation(0.1)}),
         lambda: residual_autocorrelation({"denoised": correlation(-0.1)}),
