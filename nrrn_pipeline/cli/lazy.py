@@ -18,6 +18,7 @@ COMMANDS = {  # name: module of this package, what to call there, a line of help
     "denoise": ("denoising", "denoise", "Denoise a volume; run again, it goes on where it was."),
     "pyramid": ("ingest", "pyramid", "Add levels of lower resolution, for viewers."),
     "export": ("ingest", "export", "Write a volume as TIFF, MRC, HDF5 or .npy, for other tools."),
+    "view": ("view", "view", "Look at a volume: noisy, denoised and what was removed, side by side."),
     "status": ("volumes", "status", "How far a run is, wherever it is driven from."),
     "verify": ("volumes", "verify", "Whether an output is whole."),
     "repair": ("denoising", "repair", "Denoise again what of an output is damaged."),
