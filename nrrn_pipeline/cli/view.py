@@ -14,6 +14,7 @@ from nrrn_pipeline.cli.options import LevelNumber, Source, StorageOptions
 from nrrn_pipeline.cli.terminal import err, out
 from nrrn_pipeline.errors import InputError, readable
 from nrrn_pipeline.viewing import find_layers, public_url, serving
+from nrrn_pipeline.volume import get_provenance
 
 
 def view(
@@ -36,20 +37,22 @@ def view(
     if url and port:
         raise InputError("--port and --url exclude each other: with --url nothing is served")
     layers = find_layers(source, output, level)
+    last = layers[-1].volume.group_url
+    if (get_provenance(last) or {}).get("state") == "unfinished":
+        err.print(f"{readable(last)} is unfinished: what is not there yet is black, and seems removed as a whole")
     if url:
         out.print(public_url(layers))
         err.print("it shows what can be read without credentials, from storage that lets web pages read it (CORS)")
         return
     try:
         with serving(layers, port, lambda reason: err.print(f"nrrn: {readable(reason)}")) as address:
-            out.print(address)
             err.print(f"showing {', '.join(readable(layer.name) for layer in layers)}; Ctrl-C ends it")
+            out.print(address)
             if browser and _has_screen():
                 webbrowser.open(address)
             threading.Event().wait()
     except KeyboardInterrupt:
         err.print("nrrn: the viewer has ended; nothing was changed")
-
 
 
 def _has_screen() -> bool:

@@ -12,13 +12,15 @@ from nrrn_pipeline.places import options_of
 from nrrn_pipeline.viewing.layers import Layer
 from nrrn_pipeline.volume import Volume, open_volume
 
+Source = str | dict[str, Any]  # as the client takes it
+
 CLIENT = "https://neuroglancer-demo.appspot.com/"
 VOXELS_A_PIXEL = 4  # at most, of the coarsest level: a slice without coarse levels is not read whole at the start
 WINDOW = (1300, 600)  # pixels, x and y, that the panels have on a small laptop
 SHADER = "#uicontrol invlerp contrast\nvoid main() {\n  emitGrayscale(contrast());\n}\n"
 
 
-def viewer_state(layers: Sequence[Layer], sources: Sequence[Any]) -> dict[str, Any]:
+def viewer_state(layers: Sequence[Layer], sources: Sequence[Source]) -> dict[str, Any]:
     """One panel a layer in a row, all at the middle of the last one's middle slice; one source a layer.
 
     The slice fits, unless that would read more than a few voxels for each pixel.
@@ -61,7 +63,7 @@ def public_url(layers: Sequence[Layer]) -> str:
     return CLIENT + fragment(viewer_state(stored, [_public_source(layer.volume) for layer in stored]))
 
 
-def _public_source(volume: Volume) -> dict[str, Any]:
+def _public_source(volume: Volume) -> Source:
     """Where the client finds a volume. Raises InputError if it cannot."""
     scheme, _, rest = volume.group_url.partition("://")
     advice = "leave --url out to view it here, or copy it to public storage: s3://, gs:// or https://"
@@ -70,7 +72,8 @@ def _public_source(volume: Volume) -> dict[str, Any]:
     if scheme == "s3" and not {"endpoint_url", "client_kwargs"}.isdisjoint(options_of(volume.group_url)):
         raise InputError(f"{volume.group_url} is at an endpoint of its own: give its https:// address, or {advice}")
     kind = f"zarr{json.loads(volume.metadata)['zarr_format']}"
-    source: dict[str, Any] = {"url": f"{scheme.replace('gcs', 'gs')}://{quote(rest)}/|{kind}:"}
+    place = quote(rest, safe="/:%" if scheme == "https" else "/")  # that is one already, with its port
+    source: dict[str, Any] = {"url": f"{scheme.replace('gcs', 'gs')}://{place}/|{kind}:"}
     if not volume.level_path:  # a bare array: axes may have no names that the client would know
         axes = [f"{axis}'" if axis == "c" else axis for axis in volume.axes]
         source["transform"] = {"outputDimensions": {axis: [1, ""] for axis in axes}}
@@ -90,7 +93,7 @@ def _zoom(layer: Layer, panels: int) -> float:
     return min(fitting, VOXELS_A_PIXEL * max(coarsest.voxel_size[1:])) / min(volume.voxel_size)
 
 
-def _layer(layer: Layer, source: Any) -> dict[str, Any]:
+def _layer(layer: Layer, source: Source) -> dict[str, Any]:
     return {
         "type": "image",
         "name": layer.name,

@@ -122,10 +122,10 @@ def test_panels_move_together(browser: Browser, tmp_path: Path) -> None:
         browser.visit(address, *WINDOW)
         panels(browser, layers)
         browser.send("Input.dispatchMouseEvent", type="mouseWheel", x=200, y=400, deltaX=0, deltaY=100)
-        browser.wait("viewer.position.value[2] === 4")
+        browser.wait("viewer.position.value[2] === 2")
         left, middle, _ = panels(browser, layers)
-    np.testing.assert_allclose(left, expected(255 - denoised[4], layers[0].contrast), atol=2)
-    np.testing.assert_allclose(middle, expected(denoised[4], layers[1].contrast), atol=2)
+    np.testing.assert_allclose(left, expected(255 - denoised[2], layers[0].contrast), atol=2)
+    np.testing.assert_allclose(middle, expected(denoised[2], layers[1].contrast), atol=2)
 
 
 @contextmanager
@@ -161,6 +161,17 @@ def test_an_output_finds_its_source_by_itself(tmp_path: Path, nrrn: Nrrn) -> Non
     assert found[0].contrast == find_layers(source, output, level=1)[0].contrast
     shutil.rmtree(source)
     assert [layer.name for layer in find_layers(output)] == ["out.zarr"]
+
+
+def test_an_output_that_is_not_whole_is_shown_with_a_warning(tmp_path: Path, nrrn: Nrrn) -> None:
+    source, output = bare_zarr(tmp_path / "raw.zarr", image_like(SHAPE)), tmp_path / "out.zarr"
+    assert nrrn("ingest", source, output, "--cluster", "serial").status == 0
+    group = output / "zarr.json"
+    group.write_text(group.read_text().replace('"complete"', '"unfinished"'))
+    shutil.rmtree(output / "0/c")
+    assert "out.zarr is unfinished: what is not there yet is black" in nrrn("view", output, "--url").err
+    (layer,) = find_layers(output)
+    assert not layer.levels[0].read(layer.volume.box).any()
 
 
 def test_volumes_on_object_storage_are_shown_with_our_credentials(

@@ -302,6 +302,9 @@ def test_a_link_holds_a_state_that_names_public_sources(tmp_path: Path) -> None:
         "url": "s3://open-lab/my%20vol_1.zarr/|zarr2:",
         "transform": {"outputDimensions": {"z": [1, ""], "y": [1, ""], "x": [1, ""]}},
     }
+    link = public_url([shown("https://lab.org:8443/my%20vol.zarr", **like)])
+    layer = json.loads(unquote(link.split("#!")[1]))["layers"][0]
+    assert layer["source"]["url"] == "https://lab.org:8443/my%20vol.zarr/|zarr2:"
     like = {"like": ome_image(tmp_path / "b.zarr", image_like(SHAPE))}
     link = public_url([shown("gs://open-lab/b.zarr/0", **like)])
     state = json.loads(unquote(link.split("#!")[1]))
