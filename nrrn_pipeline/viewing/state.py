@@ -74,9 +74,11 @@ def _public_source(volume: Volume) -> Source:
     kind = f"zarr{json.loads(volume.metadata)['zarr_format']}"
     place = quote(rest, safe="/:%" if scheme == "https" else "/")  # that is one already, with its port
     source: dict[str, Any] = {"url": f"{scheme.replace('gcs', 'gs')}://{place}/|{kind}:"}
-    if not volume.level_path:  # a bare array: axes may have no names that the client would know
+    if not volume.level_path:  # a bare array: of such the client knows no axes, and takes voxel 0 to begin at 0
         axes = [f"{axis}'" if axis == "c" else axis for axis in volume.axes]
-        source["transform"] = {"outputDimensions": {axis: [1, ""] for axis in axes}}
+        shift = [-0.5 if axis in "zyx" else 0 for axis in axes]  # in OME-Zarr its middle is there
+        matrix = [[int(row == column) for column in range(len(axes))] + [by] for row, by in enumerate(shift)]
+        source["transform"] = {"outputDimensions": {axis: [1, ""] for axis in axes}, "matrix": matrix}
     return source
 
 

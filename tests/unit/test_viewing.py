@@ -300,7 +300,10 @@ def test_a_link_holds_a_state_that_names_public_sources(tmp_path: Path) -> None:
     layer = json.loads(unquote(state))["layers"][0]
     assert layer["source"] == {
         "url": "s3://open-lab/my%20vol_1.zarr/|zarr2:",
-        "transform": {"outputDimensions": {"z": [1, ""], "y": [1, ""], "x": [1, ""]}},
+        "transform": {
+            "outputDimensions": {"z": [1, ""], "y": [1, ""], "x": [1, ""]},
+            "matrix": [[1, 0, 0, -0.5], [0, 1, 0, -0.5], [0, 0, 1, -0.5]],
+        },
     }
     link = public_url([shown("https://lab.org:8443/my%20vol.zarr", **like)])
     layer = json.loads(unquote(link.split("#!")[1]))["layers"][0]
