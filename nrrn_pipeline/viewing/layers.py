@@ -119,18 +119,18 @@ def _side_by_side(noisy: list[Volume], denoised: list[Volume]) -> tuple[Layer, .
         # of two that only differ in what they say of their voxels' size, the source is believed
         first = noisy[0]
         denoised = [replace(denoised[0], voxel_size=first.voxel_size, origin=first.origin, in_nm=first.in_nm)]
-    places = [_place(a, b) for a, b in zip(noisy, denoised, strict=False)]
-    if places[0] is None:
+    removed: list[Level] = []
+    for whole, part in zip(noisy, denoised, strict=False):
+        place = _place(whole, part)
+        if place is None:  # a region may begin between voxels of lower resolution
+            break
+        removed.append(Level(part, whole, place))
+    if not removed:
         raise InputError(
             f"{denoised[0].url} cannot be laid over {noisy[0].url}: voxels of {denoised[0].voxel_size} from "
             f"{denoised[0].origin} on, {denoised[0].shape} of them, against {noisy[0].voxel_size} from "
             f"{noisy[0].origin}, {noisy[0].shape}; expected a part of it (--level: of which level)"
         )
-    removed = []
-    for a, b, place in zip(noisy, denoised, places, strict=False):
-        if place is None:  # a region may begin between voxels of lower resolution
-            break
-        removed.append(Level(b, a, place))
     crops = list(_crops(denoised[0]))
     differences = np.concatenate([removed[0].read(part).ravel() for part in crops])
     after = np.concatenate([read_box(denoised[0], part).ravel() for part in crops])
