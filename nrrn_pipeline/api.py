@@ -270,7 +270,7 @@ def repair(
         stitch = settings.get("stitch", "crop")
         precision = settings.get("precision", (options or Options()).method.precision)
         method = Method(settings["images"], settings["statistics"], name, stitch, precision)
-        source, level = _source_of(settings["source"], provenance["source group"])
+        source, level = source_of(settings["source"], provenance["source group"])
         roi, used = Box.parse(settings["roi"]), weights or provenance["weights"]
     except (LookupError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{output} cannot be repaired: its settings are damaged ({error})") from error
@@ -329,7 +329,7 @@ def _in_slot(made: DenoisePlan, device: str) -> Network:
     return load_network(made, device)[0]
 
 
-def _source_of(array_url: str, group_url: str) -> tuple[str, int]:
+def source_of(array_url: str, group_url: str) -> tuple[str, int]:
     """The volume and level that open_volume takes for an array. Raises InputError if there is none."""
     level, opened = 0, open_volume(group_url)
     while opened.url != array_url:

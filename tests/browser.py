@@ -24,10 +24,11 @@ from PIL import Image
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = (
-    *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-sync"),
+    *("--headless", "--no-sandbox", "--hide-scrollbars", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--disable-quic", "--disable-dev-shm-usage"),
     "--remote-debugging-port=0",
 )
+WEBGL = ("--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist")  # drawn by the CPU
 WAIT_S = 60.0
 
 
@@ -50,12 +51,16 @@ class Browser:
 
     def open(self, path: Path, width: int = 1280, height: int = 900, ratio: float = 1.0) -> None:
         """Show a file, in a window of CSS pixels, with `ratio` pixels of the screen to each."""
+        self.visit(path.as_uri(), width, height, ratio)
+        self.wait(f"location.href === {path.as_uri()!r} && document.readyState === 'complete'")
+
+    def visit(self, url: str, width: int, height: int, ratio: float = 1.0) -> None:
+        """The same with any address, which may lead on to others; it does not wait for the page."""
         size = {"width": width, "height": height, "deviceScaleFactor": ratio, "mobile": False}
         self.send("Emulation.setDeviceMetricsOverride", **size)
         self.complaints.clear()
         self.requests.clear()
-        assert "errorText" not in self.send("Page.navigate", url=path.as_uri())
-        self.wait(f"location.href === {path.as_uri()!r} && document.readyState === 'complete'")
+        assert "errorText" not in self.send("Page.navigate", url=url)
 
     def value(self, script: str) -> Any:
         """What an expression of JavaScript yields, as JSON keeps it."""
@@ -131,8 +136,8 @@ class Browser:
 
 
 @contextmanager
-def chromium(folder: Path) -> Iterator[Browser]:
-    """Chromium with its profile in a folder; nothing of it runs at the end.
+def chromium(folder: Path, webgl: bool = False) -> Iterator[Browser]:
+    """Chromium with its profile in a folder, with WebGL if asked for; nothing of it runs at the end.
 
     Skips the test if it is not installed, or fails it if NRRN_ALL_PARTS is 1.
     """
@@ -140,9 +145,10 @@ def chromium(folder: Path) -> Iterator[Browser]:
     if program is None:
         reason = f"no browser is installed: there is no {' or '.join(NAMES)}"
         pytest.fail(reason) if os.environ.get("NRRN_ALL_PARTS") == "1" else pytest.skip(reason)
+    flags = (*FLAGS, *(WEBGL if webgl else ("--disable-gpu",)), f"--user-data-dir={folder}/profile")
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", program, *FLAGS, f"--user-data-dir={folder}/profile", "about:blank"],
+            ["setpriv", "--pdeathsig", "KILL", program, *flags, "about:blank"],
             stdout=log,
             stderr=log,
             start_new_session=True,
