@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Literal
@@ -62,18 +63,10 @@ def local_client(workers: int, slabs_each: int = 1, gpus: int = 0, processes: bo
 @contextmanager
 def _started(workers: int, slabs_each: int, gpus: int | None) -> Iterator[LocalCluster]:
     try:
-        cluster = LocalCluster(
-            n_workers=workers,
-            threads_per_worker=slabs_each,
-            processes=gpus is not None,
-            memory_limit=0,  # the plan bounds memory before the run; nothing here can be spilled
-            host=None if gpus is None else "127.0.0.1",
-            worker_dashboard_address="127.0.0.1:0",
-            dashboard_address=f"127.0.0.1:{free_port(DASHBOARD_PORT)}",
-            # not in the environment before they start, where Dask would keep it for the next
-            **({} if gpus is None else {"env": {GPUS: str(gpus)}}),
-            silence_logs=logging.CRITICAL,  # what goes wrong reaches the driver as a task's error, and is said once
-        )
+        with warnings.catch_warnings():
+            # another process may take the port in between; where the dashboard is, is said in any case
+            warnings.filterwarnings("ignore", "Port [0-9]+ is already in use")
+            cluster = _local_cluster(workers, slabs_each, gpus)
     except RuntimeError as error:
         raise RunError(
             f"local workers could not start ({error}): run the same command again. In a script, call denoise under "
@@ -81,3 +74,18 @@ def _started(workers: int, slabs_each: int, gpus: int | None) -> Iterator[LocalC
         ) from error
     with cluster:
         yield cluster
+
+
+def _local_cluster(workers: int, slabs_each: int, gpus: int | None) -> LocalCluster:
+    return LocalCluster(
+        n_workers=workers,
+        threads_per_worker=slabs_each,
+        processes=gpus is not None,
+        memory_limit=0,  # the plan bounds memory before the run; nothing here can be spilled
+        host=None if gpus is None else "127.0.0.1",
+        worker_dashboard_address="127.0.0.1:0",
+        dashboard_address=f"127.0.0.1:{free_port(DASHBOARD_PORT)}",
+        # not in the environment before they start, where Dask would keep it for the next
+        **({} if gpus is None else {"env": {GPUS: str(gpus)}}),
+        silence_logs=logging.CRITICAL,  # what goes wrong reaches the driver as a task's error, and is said once
+    )

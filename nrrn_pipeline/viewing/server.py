@@ -189,9 +189,9 @@ def _group(layer: Layer) -> dict[str, Any]:
         ome.Level(str(number), ("z", "y", "x"), level.volume.voxel_size, level.volume.origin, level.volume.in_nm)
         for number, level in enumerate(layer.levels)
     ]
-    image = ome.image_attributes(layer.name, levels[0])
-    image["multiscales"][0]["datasets"] = [ome.dataset_of(level) for level in levels]
-    return {"zarr_format": 3, "node_type": "group", "attributes": {"ome": image}}
+    attributes = ome.image_attributes(layer.name, levels[0])
+    attributes["ome"]["multiscales"][0]["datasets"] = [ome.dataset_of(level) for level in levels]
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
 
 
 def _array(level: Level) -> dict[str, Any]:
