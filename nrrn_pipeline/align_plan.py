@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.geometry import Box, Shape, Span
+from nrrn_pipeline.geometry import Box, Shape, Span, hull_of
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.slabs import CopyPlan, Layout, Slab, cut, refuse_outside
 from nrrn_pipeline.volume import Volume, read_box
@@ -80,16 +80,12 @@ class AlignPlan(CopyPlan):
 
     def _place(self, keep: Box, z: int) -> Box:
         """Where voxels `keep` of the target's slice z lie in the source."""
-        y, x = (
-            Span(span.start + of.start + move, span.stop + of.start + move)
-            for span, of, move in zip((keep.y, keep.x), (self.part.y, self.part.x), self.moves[z], strict=True)
-        )
-        return Box(Span(self.part.z.start + z, self.part.z.start + z + 1), y, x)
+        (down, right), part = self.moves[z], self.part
+        return Box(Span(z, z + 1), keep.y, keep.x).moved((part.z.start, part.y.start + down, part.x.start + right))
 
     def _covered(self, keep: Box) -> Box:
         """The smallest box of the source that holds all of these."""
-        z, y, x = zip(*(self._place(keep, z).spans for z in range(keep.z.start, keep.z.stop)), strict=True)
-        return Box(*(Span(min(span.start for span in spans), max(span.stop for span in spans)) for spans in (z, y, x)))
+        return hull_of([self._place(keep, z) for z in range(keep.z.start, keep.z.stop)])
 
 
 def plan_align(

@@ -16,7 +16,7 @@ from nrrn_pipeline.comparing.measuring import LEAST_SIDE, Compared, Comparison, 
 from nrrn_pipeline.comparing.methods import Candidate
 from nrrn_pipeline.comparing.showing import ABOUT_NOISE, ABOUT_REMOVED, COLUMNS
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.geometry import Box, Span
+from nrrn_pipeline.geometry import Box, Span, joined
 from nrrn_pipeline.network import architecture_of, parse_header
 from nrrn_pipeline.noise_details import NoiseCurve
 from nrrn_pipeline.noise_model import NoiseModel
@@ -105,7 +105,7 @@ def _learnt(weights: Location) -> Learnt:
     try:
         volumes = record["volumes"]
         shown = next((of for of in volumes if of["held_out"]), volumes[0])
-        held_out = max(_stretches([int(z) for z in shown["held_out"]]), key=len, default=None)
+        held_out = max(joined({Span(int(z), int(z) + 1) for z in shown["held_out"]}), key=len, default=None)
         network = architecture_of(header)
         facts = {
             "weights": located(weights),
@@ -147,7 +147,7 @@ def _volume_of(learnt: Learnt, weights: Location) -> Volume:
 
 def _box_shown(learnt: Learnt, volume: Volume) -> Box:
     """Of slices held out, or else of the part, those in the middle; where one of these has most image, and mask."""
-    z = _middle(learnt.held_out or learnt.part.z, SLICES)
+    z = (learnt.held_out or learnt.part.z).middle(SLICES)
     middle = z.start + len(z) // 2
     slice_ = Box(Span(middle, middle + 1), learnt.part.y, learnt.part.x)
     refuse_outside(slice_, volume.box)
@@ -164,29 +164,11 @@ def _box_shown(learnt: Learnt, volume: Volume) -> Box:
     return Box(z, y, x)
 
 
-def _stretches(slices: Sequence[int]) -> list[Span]:
-    """Slices that follow each other, as spans."""
-    found: list[Span] = []
-    for z in sorted(set(slices)):
-        if found and found[-1].stop == z:
-            found[-1] = Span(found[-1].start, z + 1)
-        else:
-            found.append(Span(z, z + 1))
-    return found
-
-
 def _around(window: Span, part: Span) -> Span:
     """The window if it is large enough to be measured; else the part around it that is."""
     if len(window) >= LEAST_SHOWN:
-        return _middle(window, SIDE)
-    around = (window.start + window.stop - LEAST_SHOWN) // 2
-    start = max(part.start, min(around, part.stop - LEAST_SHOWN))
-    return Span(start, min(start + LEAST_SHOWN, part.stop))
-
-
-def _middle(span: Span, most: int) -> Span:
-    start = span.start + max(0, len(span) - most) // 2
-    return Span(start, min(start + most, span.stop))
+        return window.middle(SIDE)
+    return part.around((window.start + window.stop) // 2, LEAST_SHOWN)
 
 
 def _noise_of(told: Any) -> NoiseCurve | None:
@@ -207,7 +189,7 @@ def _facts_of_volumes(volumes: Sequence[dict[str, Any]]) -> dict[str, str]:
     facts = {}
     for number, volume in enumerate(volumes, start=1):
         beside = "".join(f"; {name} {volume[name]}" for name in ("clean", "mask") if volume.get(name))
-        held_out = ", ".join(map(str, _stretches(volume["held_out"]))) or "nothing"
+        held_out = ", ".join(map(str, joined({Span(z, z + 1) for z in volume["held_out"]}))) or "nothing"
         name = "source" if len(volumes) == 1 else f"source {number}"
         facts[name] = f"{volume['source']}, {volume['roi']}{beside}; held out: {held_out}"
     return facts

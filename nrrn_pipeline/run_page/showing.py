@@ -16,6 +16,7 @@ from nrrn_pipeline.comparing.showing import COLUMNS
 from nrrn_pipeline.cost import by_text, bytes_text, counted, duration_text
 from nrrn_pipeline.errors import InputError, NrrnError
 from nrrn_pipeline.evaluation.odd_slices import BLANK, BRIGHTNESS, CONTRAST, STEP
+from nrrn_pipeline.geometry import Span, joined
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.preparing import Location, describe_weights
 from nrrn_pipeline.report import figures
@@ -114,13 +115,8 @@ def _warnings(made: Made, measured: Measured) -> list[str]:
 
 def _slices(slices: Sequence[int], most: int = 2**62) -> str:
     """Such as "Slices 3, 7 to 9"; of more stretches than `most` the first."""
-    stretches: list[list[int]] = []
-    for z in slices:
-        if stretches and z == stretches[-1][1] + 1:
-            stretches[-1][1] = z
-        else:
-            stretches.append([z, z])
-    named = [f"{a}" if a == b else f"{a} to {b}" for a, b in stretches[:most]]
+    stretches = joined(Span(z, z + 1) for z in slices)
+    named = [f"{each.start}" if len(each) == 1 else f"{each.start} to {each.stop - 1}" for each in stretches[:most]]
     more = f" and more, {len(slices)} in all" if len(stretches) > most else ""
     return f"Slice {named[0]}" if len(slices) == 1 else f"Slices {', '.join(named)}{more}"
 

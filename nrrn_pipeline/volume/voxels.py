@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import zarr
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 DECODE_ATTEMPTS = 6  # of one write unit whose bytes came, but damaged
 
+T = TypeVar("T")
+R = TypeVar("R")
 Written = dict[str, tuple[int, str]]  # an object's key -> its bytes, and their digest
 
 
@@ -43,6 +48,17 @@ def read_box(volume: Volume, box: Box) -> NDArray[Any]:
     for unit in cells_of(box, volume.write_unit):
         voxels[unit.within(box)] = _read_patiently(volume, unit)
     return voxels
+
+
+def read_ahead(read: Callable[[T], R], parts: Iterable[T]) -> Iterator[R]:
+    """What `read` gives of each part, in order; while one is at work on it, the next is read."""
+    coming = deque[Future[R]]()
+    with ThreadPoolExecutor(1) as pool:
+        for part in parts:
+            coming.append(pool.submit(read, part))
+            if len(coming) > 1:
+                yield coming.popleft().result()
+        yield from (last.result() for last in coming)
 
 
 def _read_patiently(volume: Volume, part: Box) -> NDArray[Any]:
