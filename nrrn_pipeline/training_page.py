@@ -21,10 +21,9 @@ from nrrn_pipeline.network import architecture_of, parse_header
 from nrrn_pipeline.noise_details import NoiseCurve
 from nrrn_pipeline.noise_model import NoiseModel
 from nrrn_pipeline.options import Options
-from nrrn_pipeline.places import absolute
 from nrrn_pipeline.preparing import Location
 from nrrn_pipeline.report import figures
-from nrrn_pipeline.report.page import Figure, Report, Row, html_of
+from nrrn_pipeline.report.page import DENOISED, Figure, Report, Row, write_page
 from nrrn_pipeline.report.pictures import removed_picture
 from nrrn_pipeline.shipped import located, read_weights
 from nrrn_pipeline.slabs import refuse_outside
@@ -35,7 +34,6 @@ from nrrn_pipeline.volume import Volume, open_volume
 
 SLICES, SIDE = 8, 512  # that are shown and measured, at most
 LEAST_SHOWN = 64  # voxels along y and x, where there are so many
-DENOISED = "denoised"
 MEASURES = (
     "noise_sigma",
     "residual_whiteness",
@@ -93,7 +91,7 @@ def write_training_page(weights: Location, page: Location, device: str = "auto",
     with TemporaryDirectory(prefix="nrrn-") as folder:
         options = Options(roi=box, cluster="serial", device=device)
         comparison = compare(volume.url, folder, [Candidate(DENOISED, located(weights))], options, watch=watch)
-    storage.write_file(absolute(page), html_of(_shown(learnt, comparison)).encode())
+    write_page(page, _shown(learnt, comparison))
 
 
 def _learnt(weights: Location) -> Learnt:

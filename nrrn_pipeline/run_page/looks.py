@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 
 from nrrn_pipeline.cost import fetched_voxels
 from nrrn_pipeline.geometry import Box, Span, spans_of
-from nrrn_pipeline.report.page import INPUT, REMOVED
+from nrrn_pipeline.report.page import compared
 from nrrn_pipeline.run_page.made import Made
 from nrrn_pipeline.training.masks import best_window, image_blocks
 from nrrn_pipeline.volume import Volume, read_box
 
-DENOISED = "denoised"
 SIDE = 768  # pixels of a picture along either side: six views of three stay below 15 MB, however noisy
 PLACES = (0.25, 0.5, 0.75)  # of the slices
 SAMPLES, MIDDLE = 64, 256
@@ -65,11 +64,6 @@ def look_at(made: Made) -> Looks:
     samples = [made.pair(Box(Span(each, each + 1), middle.y, middle.x)) for each in sampled]
     first, second = (np.concatenate(each) for each in zip(*samples, strict=True))
     return Looks(views, window, z, (before, after), sampled, (first, second))
-
-
-def compared(before: NDArray[Any], after: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    """(y, x) pictures of one view."""
-    return {INPUT: before, DENOISED: after, REMOVED: np.subtract(before, after, dtype=np.float32)}
 
 
 def stretched(picture: NDArray[Any], down: float, across: float) -> NDArray[Any]:

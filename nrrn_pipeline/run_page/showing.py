@@ -16,12 +16,12 @@ from nrrn_pipeline.comparing.showing import COLUMNS
 from nrrn_pipeline.cost import by_text, bytes_text, counted, duration_text
 from nrrn_pipeline.errors import InputError, NrrnError
 from nrrn_pipeline.evaluation.odd_slices import BLANK, BRIGHTNESS, CONTRAST, STEP
+from nrrn_pipeline.filters import filter_text
 from nrrn_pipeline.geometry import Span, joined
-from nrrn_pipeline.places import absolute
 from nrrn_pipeline.preparing import Location, describe_weights
 from nrrn_pipeline.report import figures
-from nrrn_pipeline.report.page import INPUT, REMOVED, Figure, Report, Row, html_of
-from nrrn_pipeline.run_page.looks import DENOISED, Looks, look_at
+from nrrn_pipeline.report.page import DENOISED, INPUT, REMOVED, Figure, Report, Row, write_page
+from nrrn_pipeline.run_page.looks import Looks, look_at
 from nrrn_pipeline.run_page.made import Made, open_made
 from nrrn_pipeline.run_page.measuring import NOISE, Measured, measure, speeds
 from nrrn_pipeline.shipped import SHIPPED, model_card
@@ -67,7 +67,7 @@ def write_report(output: Location, page: Location, source: Location | None = Non
     check_report(page)
     made = open_made(output, source)
     looks = look_at(made)
-    storage.write_file(absolute(page), html_of(report_of(made, looks, measure(made, looks))).encode())
+    write_page(page, report_of(made, looks, measure(made, looks)))
 
 
 def report_of(made: Made, looks: Looks, measured: Measured) -> Report:
@@ -147,7 +147,7 @@ def _method(made: Made) -> str:
     """Weights with their network, or a filter with its strength."""
     settings = made.settings
     if "filter" in settings:
-        return ", ".join(f"{name} {value}" for name, value in dict(settings["filter"]).items())
+        return filter_text(dict(settings["filter"]))
     where, digest = str(made.provenance.get("weights")), str(settings.get("weights sha256"))
     with suppress(NrrnError):  # they may be gone by now
         found = describe_weights(where)
