@@ -44,10 +44,7 @@ def measure_volume_drift(
     def slices() -> Iterator[list[NDArray[np.generic]]]:
         for done, crops in enumerate(_crops(volume, part), start=1):
             if not all(np.isfinite(crop).all() for crop in crops):
-                z = part.z.start + done - 1
-                raise InputError(
-                    f"{volume.url} holds NaN or infinite voxels in slice z={z}: replace them (with 0, say)"
-                )
+                raise InputError.not_finite(volume.url, part.z.start + done - 1)
             yield crops
             if progressed is not None:
                 progressed(done, len(part.z))

@@ -65,7 +65,7 @@ def measure_volume(volume: Volume, part: Box | None = None) -> VolumeNoise:
     before, meter = None, DriftMeter()
     for z, plane in enumerate(_middles(volume, part), start=part.z.start):
         if not np.isfinite(plane).all():
-            raise InputError(f"{volume.url} holds NaN or infinite voxels in slice z={z}: replace them (with 0, say)")
+            raise InputError.not_finite(volume.url, z)
         sigma.append(slice_sigma(plane))
         if sigma[-1] > 0:
             shared.append(neighbour_noise(plane))

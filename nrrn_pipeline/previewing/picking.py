@@ -89,9 +89,7 @@ def _structures(volume: Volume, windows: list[Box]) -> list[float]:
 def _read(volume: Volume, box: Box) -> NDArray[Any]:
     voxels = read_box(volume, box)
     if not np.isfinite(voxels).all():
-        raise InputError(
-            f"{volume.url} holds NaN or infinite voxels in slice z={box.z.start}: replace them (with 0, say) first"
-        )
+        raise InputError.not_finite(volume.url, box.z.start)
     return voxels
 
 
