@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Shape, Span, hull_of
 from nrrn_pipeline.places import absolute
-from nrrn_pipeline.slabs import CopyPlan, Layout, Slab, cut, refuse_outside
+from nrrn_pipeline.slabs import Layout, Slab, VolumeCopyPlan, cut, refuse_outside
 from nrrn_pipeline.volume import Volume, read_box
 
 ALGORITHM = 1  # raised whenever the same settings would give other voxels than before
@@ -28,7 +28,7 @@ Moves = tuple[tuple[int, int], ...]  # of each slice, along y and x
 
 
 @dataclass(frozen=True)
-class AlignPlan(CopyPlan):
+class AlignPlan(VolumeCopyPlan):
     """Voxel (z, y, x) of the target is (z, y + move, x + move) of `part` of the source, by the move of each slice."""
 
     source: Volume
@@ -39,11 +39,6 @@ class AlignPlan(CopyPlan):
     undo_trend: bool
     measures: bool = True
     stage: ClassVar[str] = "aligning"  # type: ignore[misc]
-
-    @property
-    def source_url(self) -> str:  # type: ignore[override]
-        """The volume's."""
-        return self.source.url
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -57,11 +52,6 @@ class AlignPlan(CopyPlan):
             "moves": moves_text(self.moves),
             **self.target_settings,
         }
-
-    @property
-    def origins(self) -> dict[str, Any]:
-        """See Plan."""
-        return {"source group": self.source.group_url}
 
     @property
     def slab_bytes(self) -> int:
