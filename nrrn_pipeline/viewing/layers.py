@@ -100,7 +100,7 @@ def _own_source(url: Location) -> tuple[str, int] | None:
     """The volume that an output was denoised from, and its level; None if it is none, or that is gone."""
     made = get_provenance(absolute(url)) or {}
     settings = made.get("settings")
-    if not isinstance(settings, dict) or not {"ingested", "noise"}.isdisjoint(settings):
+    if not isinstance(settings, dict) or "noise" in settings:
         return None
     try:
         return source_of(settings["source"], made["source group"])

@@ -85,6 +85,7 @@ def test_the_public_names_are_these() -> None:
         "read_manifest",
         "repair",
         "run_batch",
+        "showing_progress",
         "status",
         "train",
         "using_options",
