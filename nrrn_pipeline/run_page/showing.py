@@ -113,11 +113,11 @@ def _warnings(made: Made, measured: Measured) -> list[str]:
     return found
 
 
-def _slices(slices: Sequence[int], most: int = 2**62) -> str:
-    """Such as "Slices 3, 7 to 9"; of more stretches than `most` the first."""
+def _slices(slices: Sequence[int], most: int | None = None) -> str:
+    """Such as "Slices 3, 7 to 9"; of more stretches than `most`, the first."""
     stretches = joined(Span(z, z + 1) for z in slices)
     named = [f"{each.start}" if len(each) == 1 else f"{each.start} to {each.stop - 1}" for each in stretches[:most]]
-    more = f" and more, {len(slices)} in all" if len(stretches) > most else ""
+    more = f" and more, {len(slices)} in all" if most is not None and len(stretches) > most else ""
     return f"Slice {named[0]}" if len(slices) == 1 else f"Slices {', '.join(named)}{more}"
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -52,13 +53,13 @@ def read_box(volume: Volume, box: Box) -> NDArray[Any]:
 
 def read_ahead(read: Callable[[T], R], parts: Iterable[T]) -> Iterator[R]:
     """What `read` gives of each part, in order; while one is at work on it, the next is read."""
-    coming = deque[Future[R]]()
+    rest = iter(parts)
     with ThreadPoolExecutor(1) as pool:
-        for part in parts:
-            coming.append(pool.submit(read, part))
-            if len(coming) > 1:
-                yield coming.popleft().result()
-        yield from (last.result() for last in coming)
+        coming = deque(pool.submit(read, part) for part in islice(rest, 1))
+        while coming:
+            found = coming.popleft().result()
+            coming.extend(pool.submit(read, part) for part in islice(rest, 1))
+            yield found
 
 
 def _read_patiently(volume: Volume, part: Box) -> NDArray[Any]:
