@@ -84,7 +84,10 @@ def _denoised(data: Any, plan: DenoisePlan, device: str) -> dask.array.Array:
     grid = [[Span(*ends) for ends in pairwise(accumulate(sizes, initial=0))] for sizes in data.chunks]
     slabs = plan.slabs_on(*grid)
     # for each block along an axis, those that it reads
-    near = [[_touching(cut.read, spans) for cut in cuts] for cuts, spans in zip(slabs.axes, grid, strict=True)]
+    near = [
+        [[i for i, span in enumerate(spans) if span.meets(cut.read)] for cut in cuts]
+        for cuts, spans in zip(slabs.axes, grid, strict=True)
+    ]
     measure, denoise = partial(_measured, plan.source.url), partial(_denoised_block, plan, device)
     graph: dict[Any, Any] = {}
     for place, slab in zip(product(*map(range, data.numblocks)), slabs, strict=True):
@@ -98,10 +101,6 @@ def _denoised(data: Any, plan: DenoisePlan, device: str) -> dask.array.Array:
         graph[(f"{name}-statistics", i)] = (merge_boxes, [(f"{name}-moments", i, *place) for place in rows])
     whole = HighLevelGraph.from_collections(name, graph, dependencies=[data])
     return dask.array.Array(whole, name, chunks=data.chunks, dtype=data.dtype)
-
-
-def _touching(read: Span, spans: list[Span]) -> list[int]:
-    return [at for at, span in enumerate(spans) if span.start < read.stop and span.stop > read.start]
 
 
 def _measured(url: str, box: Box, voxels: NDArray[Any]) -> MeasuredBox:

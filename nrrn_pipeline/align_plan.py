@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.geometry import Box, Shape, Span
+from nrrn_pipeline.geometry import Box, Shape, Span, hull_of
 from nrrn_pipeline.places import absolute
-from nrrn_pipeline.slabs import CopyPlan, Layout, Slab, cut, refuse_outside
+from nrrn_pipeline.slabs import Layout, Slab, VolumeCopyPlan, cut, refuse_outside
 from nrrn_pipeline.volume import Volume, read_box
 
 ALGORITHM = 1  # raised whenever the same settings would give other voxels than before
@@ -28,7 +28,7 @@ Moves = tuple[tuple[int, int], ...]  # of each slice, along y and x
 
 
 @dataclass(frozen=True)
-class AlignPlan(CopyPlan):
+class AlignPlan(VolumeCopyPlan):
     """Voxel (z, y, x) of the target is (z, y + move, x + move) of `part` of the source, by the move of each slice."""
 
     source: Volume
@@ -39,11 +39,6 @@ class AlignPlan(CopyPlan):
     undo_trend: bool
     measures: bool = True
     stage: ClassVar[str] = "aligning"  # type: ignore[misc]
-
-    @property
-    def source_url(self) -> str:  # type: ignore[override]
-        """The volume's."""
-        return self.source.url
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -57,11 +52,6 @@ class AlignPlan(CopyPlan):
             "moves": moves_text(self.moves),
             **self.target_settings,
         }
-
-    @property
-    def origins(self) -> dict[str, Any]:
-        """See Plan."""
-        return {"source group": self.source.group_url}
 
     @property
     def slab_bytes(self) -> int:
@@ -80,16 +70,12 @@ class AlignPlan(CopyPlan):
 
     def _place(self, keep: Box, z: int) -> Box:
         """Where voxels `keep` of the target's slice z lie in the source."""
-        y, x = (
-            Span(span.start + of.start + move, span.stop + of.start + move)
-            for span, of, move in zip((keep.y, keep.x), (self.part.y, self.part.x), self.moves[z], strict=True)
-        )
-        return Box(Span(self.part.z.start + z, self.part.z.start + z + 1), y, x)
+        (down, right), part = self.moves[z], self.part
+        return Box(Span(z, z + 1), keep.y, keep.x).moved((part.z.start, part.y.start + down, part.x.start + right))
 
     def _covered(self, keep: Box) -> Box:
         """The smallest box of the source that holds all of these."""
-        z, y, x = zip(*(self._place(keep, z).spans for z in range(keep.z.start, keep.z.stop)), strict=True)
-        return Box(*(Span(min(span.start for span in spans), max(span.stop for span in spans)) for spans in (z, y, x)))
+        return hull_of([self._place(keep, z) for z in range(keep.z.start, keep.z.stop)])
 
 
 def plan_align(

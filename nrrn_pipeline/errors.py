@@ -36,6 +36,11 @@ class InputError(NrrnError):
 
     exit_status = 2
 
+    @classmethod
+    def not_finite(cls, url: str, z: int) -> InputError:
+        """Of voxels in a slice."""
+        return cls(f"{url} holds NaN or infinite voxels in slice z={z}: replace them (with 0, say) first")
+
 
 class RunError(NrrnError):
     """Something that began could not finish; what a run has done is kept, and the message says what to do next."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Shape
 from nrrn_pipeline.places import absolute
-from nrrn_pipeline.slabs import CHUNK, SHARD, CopyPlan, Layout, Slab, cut, fitted
+from nrrn_pipeline.slabs import CHUNK, SHARD, Layout, Slab, VolumeCopyPlan, cut, fitted
 from nrrn_pipeline.volume import Volume, read_box
 
 ALGORITHM = 1  # raised whenever the same settings would give other voxels than before
@@ -20,7 +20,7 @@ MAX_CHUNK_BYTES = 2**31 - 17  # what Blosc takes at a time
 
 
 @dataclass(frozen=True)
-class ExportPlan(CopyPlan):
+class ExportPlan(VolumeCopyPlan):
     """A part of a volume as another volume, voxel by voxel."""
 
     source: Volume
@@ -35,11 +35,6 @@ class ExportPlan(CopyPlan):
         return self.part
 
     @property
-    def source_url(self) -> str:  # type: ignore[override]
-        """The array's."""
-        return self.source.url
-
-    @property
     def settings(self) -> dict[str, Any]:
         """See Plan."""
         return {
@@ -48,11 +43,6 @@ class ExportPlan(CopyPlan):
             "source shape": list(self.source.shape),
             **self.target_settings,
         }
-
-    @property
-    def origins(self) -> dict[str, Any]:
-        """See Plan."""
-        return {"source group": self.source.group_url}
 
     @property
     def slab_bytes(self) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from numpy.typing import NDArray
@@ -16,12 +16,12 @@ from nrrn_pipeline.api import RunWatch, Summary, run_planned
 from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.export_plan import plan_export
 from nrrn_pipeline.formats.writers import Written, writer_for
-from nrrn_pipeline.geometry import Box, Span, spans_of
+from nrrn_pipeline.geometry import Box, cells_along
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.preparing import Location
 from nrrn_pipeline.slabs import refuse_outside
-from nrrn_pipeline.volume import Volume, count_levels, open_volume, read_box
+from nrrn_pipeline.volume import Volume, count_levels, open_volume, read_ahead, read_box
 
 BAND_BYTES = 2**28  # of slices that are read at a time
 
@@ -73,16 +73,16 @@ def export(
         raise InputError(f"{path} exists: choose another output, or delete it")
     what = Written(box.shape, volume.dtype, volume.voxel_nm)
     stem, dot, suffix = os.path.basename(path).partition(".")
-    partial = os.path.join(os.path.dirname(path), f".{stem}.{os.getpid()}.partial{dot}{suffix}")
+    unfinished = os.path.join(os.path.dirname(path), f".{stem}.{os.getpid()}.partial{dot}{suffix}")
     try:
-        write(partial, what, _planes(volume, box, progressed))
-        os.rename(partial, path)
+        write(unfinished, what, _planes(volume, box, progressed))
+        os.rename(unfinished, path)
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror or error}; nothing is left of it") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         with suppress(OSError):
-            os.unlink(partial)
+            os.unlink(unfinished)
 
 
 def _planes(volume: Volume, box: Box, progressed: Callable[[int, int], None] | None) -> Iterator[NDArray[Any]]:
@@ -90,23 +90,11 @@ def _planes(volume: Volume, box: Box, progressed: Callable[[int, int], None] | N
     height, width = box.shape[1:]
     fitting = max(1, BAND_BYTES // (height * width * volume.itemsize))
     depth = min(volume.chunk[0], fitting)
-    bands = [Box(span, box.y, box.x) for span in _on_chunks(box.z, depth)]
+    bands = (Box(span, box.y, box.x) for span in cells_along(box.z, depth))  # so that no chunk is read twice
     done = 0
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(read_box, volume, bands[0])
-        for following in [*bands[1:], None]:
-            voxels = coming.result()
-            if following is not None:
-                coming = pool.submit(read_box, volume, following)
-            for plane in voxels:
-                yield plane
-                done += 1
-                if progressed is not None:
-                    progressed(done, len(box.z))
-
-
-def _on_chunks(z: Span, depth: int) -> Iterator[Span]:
-    """Pieces of `depth` slices that begin at multiples of it, so that no chunk is read twice."""
-    first = min(z.stop, z.start // depth * depth + depth)
-    yield Span(z.start, first)
-    yield from spans_of(Span(first, z.stop), depth)
+    for voxels in read_ahead(partial(read_box, volume), bands):
+        for plane in voxels:
+            yield plane
+            done += 1
+            if progressed is not None:
+                progressed(done, len(box.z))

@@ -15,7 +15,7 @@ A slice at the volume's end has its one neighbour twice: its mean of three is no
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -168,6 +168,12 @@ _METHODS = {
 }
 
 FILTERS = {name: method.line for name, method in _METHODS.items()}
+
+
+def filter_text(settings: Mapping[str, Any]) -> str:
+    """What stands in a plan's settings as "filter", for people."""
+    told = {word: value for word, value in settings.items() if word != "name" and value is not None}
+    return ", ".join([str(settings.get("name")), *(f"{word} {value}" for word, value in told.items())])
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ All positions are voxels, half-open, in z, y, x order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import Self
@@ -41,6 +41,20 @@ class Span:
     def grown(self, halo: int, bounds: Span) -> Span:
         """`halo` voxels more on each side, but none outside `bounds`."""
         return Span(max(self.start - halo, bounds.start), min(self.stop + halo, bounds.stop))
+
+    def moved(self, by: int) -> Span:
+        """As many voxels, so many further on."""
+        return Span(self.start + by, self.stop + by)
+
+    def around(self, at: int, side: int) -> Span:
+        """`side` voxels around one, all of them in this span, or all of it if it is shorter."""
+        start = max(self.start, min(at - side // 2, self.stop - side))
+        return Span(start, min(start + side, self.stop))
+
+    def middle(self, side: int) -> Span:
+        """`side` voxels in its middle, or all of it if it is shorter."""
+        start = self.start + max(0, len(self) - side) // 2
+        return Span(start, min(start + side, self.stop))
 
     def aligned(self, grid: int) -> Span:
         """The same, begun at the multiple of `grid` voxels before."""
@@ -89,7 +103,11 @@ class Box:
 
     def shifted(self, origin: Box) -> Box:
         """The same voxels, counted from the first of `origin`."""
-        return Box(*(Span(a.start - b.start, a.stop - b.start) for a, b in zip(self.spans, origin.spans, strict=True)))
+        return Box(*(span.moved(-of.start) for span, of in zip(self.spans, origin.spans, strict=True)))
+
+    def moved(self, by: Shape) -> Box:
+        """As many voxels, so many further on along z, y, x."""
+        return Box(*(span.moved(step) for span, step in zip(self.spans, by, strict=True)))
 
     def __str__(self) -> str:
         return ",".join(map(str, self.spans))
@@ -109,6 +127,23 @@ def box_of(shape: Shape) -> Box:
     return Box(Span(0, z), Span(0, y), Span(0, x))
 
 
+def joined(spans: Iterable[Span]) -> list[Span]:
+    """The same voxels of spans that do not overlap, in order; those that touch become one."""
+    found: list[Span] = []
+    for span in sorted(spans):
+        if found and found[-1].stop == span.start:
+            found[-1] = Span(found[-1].start, span.stop)
+        else:
+            found.append(span)
+    return found
+
+
+def hull_of(boxes: Collection[Box]) -> Box:
+    """The smallest box that holds all of these, of which there is one at least."""
+    along = ([box.spans[axis] for box in boxes] for axis in range(3))
+    return Box(*(Span(min(span.start for span in spans), max(span.stop for span in spans)) for spans in along))
+
+
 def spans_of(span: Span, step: int) -> Iterator[Span]:
     """`span` in pieces of `step` voxels from its start on, the last one as long as what is left."""
     for start in range(span.start, span.stop, step):
@@ -123,16 +158,17 @@ def boxes_of(box: Box, step: Shape) -> Iterator[Box]:
                 yield Box(z, y, x)
 
 
+def cells_along(span: Span, step: int) -> Iterator[Span]:
+    """`span` in the pieces that a grid of `step` voxels, anchored at voxel 0, cuts it into."""
+    for start in range(span.start // step * step, span.stop, step):
+        yield Span(max(start, span.start), min(start + step, span.stop))
+
+
 def cells_of(box: Box, step: Shape) -> Iterator[Box]:
     """`box` in the pieces that a grid of `step` voxels, anchored at voxel 0, cuts it into, x fastest."""
-
-    def along(span: Span, size: int) -> Iterator[Span]:
-        for start in range(span.start // size * size, span.stop, size):
-            yield Span(max(start, span.start), min(start + size, span.stop))
-
-    for z in along(box.z, step[0]):
-        for y in along(box.y, step[1]):
-            for x in along(box.x, step[2]):
+    for z in cells_along(box.z, step[0]):
+        for y in cells_along(box.y, step[1]):
+            for x in cells_along(box.x, step[2]):
                 yield Box(z, y, x)
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Shape, Span, box_of
-from nrrn_pipeline.slabs import SHARD, CopyPlan, Slab, fitted
+from nrrn_pipeline.slabs import SHARD, Slab, VolumeCopyPlan, fitted
 from nrrn_pipeline.volume import Volume, get_provenance, open_volume, read_box
 
 ALGORITHM = 1  # raised whenever the same settings would give other voxels than before
@@ -28,7 +28,7 @@ ALIKE = 2**0.5  # an axis is halved with the finest if its voxels are less than 
 
 
 @dataclass(frozen=True)
-class PyramidPlan(CopyPlan):
+class PyramidPlan(VolumeCopyPlan):
     """One level of a volume's group out of the level before."""
 
     source: Volume
@@ -40,11 +40,6 @@ class PyramidPlan(CopyPlan):
     def stage(self) -> str:  # type: ignore[override]
         """Each level has its own."""
         return f"level {self.target.level_path}"
-
-    @property
-    def source_url(self) -> str:  # type: ignore[override]
-        """The level before."""
-        return self.source.url
 
     @property
     def slab(self) -> Shape:  # type: ignore[override]
@@ -62,11 +57,6 @@ class PyramidPlan(CopyPlan):
             "source shape": list(self.source.shape),
             **self.target_settings,
         }
-
-    @property
-    def origins(self) -> dict[str, Any]:
-        """See Plan."""
-        return {"source group": self.source.group_url}
 
     @property
     def slab_bytes(self) -> int:

@@ -196,6 +196,22 @@ class CopyPlan(Plan):
         """The voxels of slab.keep, in the target's dtype; read now."""
 
 
+class VolumeCopyPlan(CopyPlan):
+    """A CopyPlan whose source is a volume."""
+
+    source: Volume
+
+    @property
+    def source_url(self) -> str:  # type: ignore[override]
+        """The array's."""
+        return self.source.url
+
+    @property
+    def origins(self) -> dict[str, Any]:
+        """See Plan."""
+        return {"source group": self.source.group_url}
+
+
 def slab_key(keep: Box) -> str:
     """What the ledger calls the slab that writes `keep`."""
     return f"z{keep.z.start}-y{keep.y.start}-x{keep.x.start}"

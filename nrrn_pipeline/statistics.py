@@ -116,9 +116,7 @@ def moments_of(voxels: NDArray[Any], first_z: int, url: str) -> Iterator[Moments
     """
     for z, plane in enumerate(voxels, start=first_z):
         if not np.isfinite(plane).all():
-            raise InputError(
-                f"{url} holds NaN or infinite voxels in slice z={z}: replace them (with 0, say) before denoising"
-            )
+            raise InputError.not_finite(url, z)
         yield _moments(plane)
 
 

@@ -16,15 +16,14 @@ from nrrn_pipeline.comparing.measuring import LEAST_SIDE, Compared, Comparison, 
 from nrrn_pipeline.comparing.methods import Candidate
 from nrrn_pipeline.comparing.showing import ABOUT_NOISE, ABOUT_REMOVED, COLUMNS
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.geometry import Box, Span
+from nrrn_pipeline.geometry import Box, Span, joined
 from nrrn_pipeline.network import architecture_of, parse_header
 from nrrn_pipeline.noise_details import NoiseCurve
 from nrrn_pipeline.noise_model import NoiseModel
 from nrrn_pipeline.options import Options
-from nrrn_pipeline.places import absolute
 from nrrn_pipeline.preparing import Location
 from nrrn_pipeline.report import figures
-from nrrn_pipeline.report.page import Figure, Report, Row, html_of
+from nrrn_pipeline.report.page import DENOISED, Figure, Report, Row, write_page
 from nrrn_pipeline.report.pictures import removed_picture
 from nrrn_pipeline.shipped import located, read_weights
 from nrrn_pipeline.slabs import refuse_outside
@@ -35,7 +34,6 @@ from nrrn_pipeline.volume import Volume, open_volume
 
 SLICES, SIDE = 8, 512  # that are shown and measured, at most
 LEAST_SHOWN = 64  # voxels along y and x, where there are so many
-DENOISED = "denoised"
 MEASURES = (
     "noise_sigma",
     "residual_whiteness",
@@ -93,7 +91,7 @@ def write_training_page(weights: Location, page: Location, device: str = "auto",
     with TemporaryDirectory(prefix="nrrn-") as folder:
         options = Options(roi=box, cluster="serial", device=device)
         comparison = compare(volume.url, folder, [Candidate(DENOISED, located(weights))], options, watch=watch)
-    storage.write_file(absolute(page), html_of(_shown(learnt, comparison)).encode())
+    write_page(page, _shown(learnt, comparison))
 
 
 def _learnt(weights: Location) -> Learnt:
@@ -105,7 +103,7 @@ def _learnt(weights: Location) -> Learnt:
     try:
         volumes = record["volumes"]
         shown = next((of for of in volumes if of["held_out"]), volumes[0])
-        held_out = max(_stretches([int(z) for z in shown["held_out"]]), key=len, default=None)
+        held_out = max(joined({Span(int(z), int(z) + 1) for z in shown["held_out"]}), key=len, default=None)
         network = architecture_of(header)
         facts = {
             "weights": located(weights),
@@ -147,7 +145,7 @@ def _volume_of(learnt: Learnt, weights: Location) -> Volume:
 
 def _box_shown(learnt: Learnt, volume: Volume) -> Box:
     """Of slices held out, or else of the part, those in the middle; where one of these has most image, and mask."""
-    z = _middle(learnt.held_out or learnt.part.z, SLICES)
+    z = (learnt.held_out or learnt.part.z).middle(SLICES)
     middle = z.start + len(z) // 2
     slice_ = Box(Span(middle, middle + 1), learnt.part.y, learnt.part.x)
     refuse_outside(slice_, volume.box)
@@ -164,29 +162,11 @@ def _box_shown(learnt: Learnt, volume: Volume) -> Box:
     return Box(z, y, x)
 
 
-def _stretches(slices: Sequence[int]) -> list[Span]:
-    """Slices that follow each other, as spans."""
-    found: list[Span] = []
-    for z in sorted(set(slices)):
-        if found and found[-1].stop == z:
-            found[-1] = Span(found[-1].start, z + 1)
-        else:
-            found.append(Span(z, z + 1))
-    return found
-
-
 def _around(window: Span, part: Span) -> Span:
     """The window if it is large enough to be measured; else the part around it that is."""
     if len(window) >= LEAST_SHOWN:
-        return _middle(window, SIDE)
-    around = (window.start + window.stop - LEAST_SHOWN) // 2
-    start = max(part.start, min(around, part.stop - LEAST_SHOWN))
-    return Span(start, min(start + LEAST_SHOWN, part.stop))
-
-
-def _middle(span: Span, most: int) -> Span:
-    start = span.start + max(0, len(span) - most) // 2
-    return Span(start, min(start + most, span.stop))
+        return window.middle(SIDE)
+    return part.around((window.start + window.stop) // 2, LEAST_SHOWN)
 
 
 def _noise_of(told: Any) -> NoiseCurve | None:
@@ -207,7 +187,7 @@ def _facts_of_volumes(volumes: Sequence[dict[str, Any]]) -> dict[str, str]:
     facts = {}
     for number, volume in enumerate(volumes, start=1):
         beside = "".join(f"; {name} {volume[name]}" for name in ("clean", "mask") if volume.get(name))
-        held_out = ", ".join(map(str, _stretches(volume["held_out"]))) or "nothing"
+        held_out = ", ".join(map(str, joined({Span(z, z + 1) for z in volume["held_out"]}))) or "nothing"
         name = "source" if len(volumes) == 1 else f"source {number}"
         facts[name] = f"{volume['source']}, {volume['roi']}{beside}; held out: {held_out}"
     return facts

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from math import prod
 
@@ -12,9 +11,9 @@ from numpy.typing import NDArray
 
 from nrrn_pipeline.drift import LEAST_SIDE, Drift, drift_of
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.geometry import Box, Span, spans_of
+from nrrn_pipeline.geometry import Box, Span, cells_along
 from nrrn_pipeline.slabs import refuse_outside
-from nrrn_pipeline.volume import Volume, read_box
+from nrrn_pipeline.volume import Volume, read_ahead, read_box
 
 SIDE = 512  # of a crop, in voxels along y and x
 PLACES = (0.25, 0.75)  # where crops lie along an axis that is long enough for two
@@ -45,10 +44,7 @@ def measure_volume_drift(
     def slices() -> Iterator[list[NDArray[np.generic]]]:
         for done, crops in enumerate(_crops(volume, part), start=1):
             if not all(np.isfinite(crop).all() for crop in crops):
-                z = part.z.start + done - 1
-                raise InputError(
-                    f"{volume.url} holds NaN or infinite voxels in slice z={z}: replace them (with 0, say)"
-                )
+                raise InputError.not_finite(volume.url, part.z.start + done - 1)
             yield crops
             if progressed is not None:
                 progressed(done, len(part.z))
@@ -62,7 +58,7 @@ def glance(volume: Volume) -> tuple[float, int] | None:
     Reads the middle of GLANCES pairs of slices. None if none of them can tell, or chunks are so large that it would
     take long.
     """
-    y, x = (_centred(span, GLANCE_SIDE, 0.5) for span in volume.box.spans[1:])
+    y, x = (span.middle(GLANCE_SIDE) for span in volume.box.spans[1:])
     cells = prod(len(span) // size + 2 for span, size in zip((y, x), volume.chunk[1:], strict=True))
     if GLANCES * cells * prod(volume.chunk) * volume.itemsize > GLANCE_BYTES:
         return None
@@ -81,28 +77,16 @@ def _crops(volume: Volume, part: Box) -> Iterator[list[NDArray[np.generic]]]:
     places = [Box(part.z, y, x) for y, x in product(*map(_places, part.spans[1:]))]
     row = sum(prod(place.shape[1:]) for place in places) * volume.itemsize
     depth = max(1, min(volume.chunk[0], BAND_BYTES // row))
-    first = min(part.z.stop, (part.z.start // depth + 1) * depth)
-    bands = [Span(part.z.start, first), *spans_of(Span(first, part.z.stop), depth)]
 
     def read(z: Span) -> list[NDArray[np.generic]]:
         return [read_box(volume, Box(z, place.y, place.x)) for place in places]
 
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(read, bands[0])
-        for following in [*bands[1:], None]:
-            crops = coming.result()
-            if following is not None:
-                coming = pool.submit(read, following)
-            yield from map(list, zip(*crops, strict=True))
+    for crops in read_ahead(read, cells_along(part.z, depth)):
+        yield from map(list, zip(*crops, strict=True))
 
 
 def _places(span: Span) -> list[Span]:
     """Where crops lie along an axis: two of them if it is long enough, else one in the middle."""
-    return [_centred(span, SIDE, along) for along in (PLACES if len(span) >= 2 * SIDE else (0.5,))]
-
-
-def _centred(span: Span, side: int, along: float) -> Span:
-    """`side` voxels around a place along a span, or all there are."""
-    side = min(side, len(span))
-    start = span.start + min(max(0, round(along * len(span) - side / 2)), len(span) - side)
-    return Span(start, start + side)
+    if len(span) < 2 * SIDE:
+        return [span.middle(SIDE)]
+    return [span.around(span.start + round(along * len(span)), SIDE) for along in PLACES]

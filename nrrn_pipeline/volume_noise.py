@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nrrn_pipeline.drift import LEAST_SIDE, Drift, DriftMeter
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.geometry import Box, Span
+from nrrn_pipeline.geometry import Box, Span, cells_along
 from nrrn_pipeline.noise_details import NoiseCurve, measure_curve, neighbour_noise, slice_sigma
 from nrrn_pipeline.volume import Volume, read_box
 
@@ -66,7 +65,7 @@ def measure_volume(volume: Volume, part: Box | None = None) -> VolumeNoise:
     before, meter = None, DriftMeter()
     for z, plane in enumerate(_middles(volume, part), start=part.z.start):
         if not np.isfinite(plane).all():
-            raise InputError(f"{volume.url} holds NaN or infinite voxels in slice z={z}: replace them (with 0, say)")
+            raise InputError.not_finite(volume.url, z)
         sigma.append(slice_sigma(plane))
         if sigma[-1] > 0:
             shared.append(neighbour_noise(plane))
@@ -147,15 +146,6 @@ def _crops(volume: Volume, part: Box) -> Iterator[Crops]:
 
 def _middles(volume: Volume, part: Box) -> Iterator[Crops]:
     """The middle of every slice, in order; whole chunks deep at a time."""
-    y, x = (_middle(of, side) for of, side in zip(part.spans[1:], CROP[1:], strict=True))
-    first, depth = part.z.start, volume.chunk[0]
-    edges = [first, *range((first // depth + 1) * depth, part.z.stop, depth), part.z.stop]
-    for start, stop in pairwise(edges):
-        yield from read_box(volume, Box(Span(start, stop), y, x)).astype(np.float64)
-
-
-def _middle(span: Span, side: int) -> Span:
-    """`side` voxels in its middle, or all there are."""
-    side = min(side, len(span))
-    start = span.start + (len(span) - side) // 2
-    return Span(start, start + side)
+    y, x = (of.middle(side) for of, side in zip(part.spans[1:], CROP[1:], strict=True))
+    for z in cells_along(part.z, volume.chunk[0]):
+        yield from read_box(volume, Box(z, y, x)).astype(np.float64)

@@ -15,7 +15,7 @@ from nrrn_pipeline import api, storage
 from nrrn_pipeline.align_plan import AlignPlan
 from nrrn_pipeline.aligning import planned
 from nrrn_pipeline.cli.options import BOX, LAYOUT, WHERE, Source, parse_box, takes_options
-from nrrn_pipeline.cli.terminal import Watch, drift_text, notes, out, print_rows, progress_bar
+from nrrn_pipeline.cli.terminal import Watch, counted_on, drift_text, notes, out, print_rows, progress_bar
 from nrrn_pipeline.cost import by_text, counted
 from nrrn_pipeline.drift import Drift
 from nrrn_pipeline.errors import GO_ON, InputError, few
@@ -93,13 +93,7 @@ class _Report:
     def measure(self, volume: Volume, part: Box) -> Drift:
         """The drift, printed, drawn and written."""
         with progress_bar("nothing is written") as bar:
-            task = bar.add_task("measuring", total=len(part.z), speed="")
-
-            def progressed(done: int, total: int) -> None:
-                bar.start()
-                bar.update(task, completed=done, total=total)
-
-            found = measure_volume_drift(volume, part, progressed)
+            found = measure_volume_drift(volume, part, counted_on(bar, "measuring", len(part.z)))
         print_rows(self._rows(found))
         if self.plot is not None:
             storage.write_file(absolute(self.plot), drift_curves(found))
@@ -130,13 +124,14 @@ class _Report:
 
 def _table(found: Drift, undo_trend: bool, name: str) -> bytes:
     """One row a slice, in voxels."""
+    moves = found.moves(undo_trend)
     columns = {
         "z": found.first_z + np.arange(len(found.known)),
         "known": found.known,
         **{f"position_{axis}": found.position[:, i].round(3) for i, axis in enumerate("yx")},
         **{f"trend_{axis}": found.trend[:, i].round(3) for i, axis in enumerate("yx")},
         "step": found.steps.round(3),
-        **{f"move_{axis}": found.moves(undo_trend)[:, i] for i, axis in enumerate("yx")},
+        **{f"move_{axis}": moves[:, i] for i, axis in enumerate("yx")},
     }
     rows = [
         dict(zip(columns, row, strict=True)) for row in zip(*(each.tolist() for each in columns.values()), strict=True)

@@ -25,6 +25,7 @@ from nrrn_pipeline.cli.terminal import Watch, facts_of, network_text, out, print
 from nrrn_pipeline.cost import by_text, bytes_text, counted, duration_text
 from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import GO_ON, readable
+from nrrn_pipeline.filters import filter_text
 
 
 @takes_options(WORDS)
@@ -92,7 +93,7 @@ def plan(
     if isinstance(denoiser, Weights):
         method = network_text(denoiser.architecture) + ("" if weights else ": the paper's, as no --weights are given")
     else:
-        method = ", ".join(f"{name} {value}" for name, value in denoiser.settings.items())
+        method = filter_text(denoiser.settings["filter"])
     rows = {
         "source": f"{made.source.url}, {by_text(made.source.shape)} {made.source.dtype}",
         "output": f"{made.group_url}, {by_text(made.target.shape)}, shards of {by_text(made.target.write_unit)}",

@@ -16,7 +16,7 @@ from nrrn_pipeline.cli.options import (
     parse_numbers,
     takes_options,
 )
-from nrrn_pipeline.cli.terminal import Watch, facts_of, notes, out, print_json, progress_bar
+from nrrn_pipeline.cli.terminal import Watch, counted_on, facts_of, notes, out, print_json, progress_bar
 from nrrn_pipeline.cost import by_text, bytes_text, counted
 from nrrn_pipeline.errors import GO_ON, InputError, readable
 from nrrn_pipeline.exporting import export as write_file
@@ -121,13 +121,7 @@ def export(
     if options != Options(level=options.level, roi=options.roi):
         raise InputError(f"{output} is written by this process alone: give --level and --roi at most, or write a .zarr")
     with progress_bar("nothing is left of the file") as bar:
-        task = bar.add_task("exporting", total=None, speed="")
-
-        def progressed(done: int, total: int) -> None:
-            bar.start()
-            bar.update(task, completed=done, total=total)
-
-        write_file(source, output, options.level, options.roi, progressed)
+        write_file(source, output, options.level, options.roi, counted_on(bar, "exporting"))
     if as_json:
         print_json({"output": output})
     else:

@@ -6,7 +6,7 @@ Where that is no terminal, as in the log of a job, progress is a line now and th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite
 from typing import Any
@@ -105,6 +105,17 @@ def progress_bar(when_interrupted: str) -> Iterator[Progress]:
         raise
     finally:
         stop()
+
+
+def counted_on(bar: Progress, what: str, total: int | None = None) -> Callable[[int, int], None]:
+    """Is told how many are done, of how many, and shows it."""
+    task = bar.add_task(what, total=total, speed="")
+
+    def progressed(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+
+    return progressed
 
 
 @contextmanager

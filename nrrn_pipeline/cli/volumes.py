@@ -12,7 +12,7 @@ import typer
 from nrrn_pipeline import api
 from nrrn_pipeline.checking import check
 from nrrn_pipeline.cli.options import Json, Made, StorageOptions
-from nrrn_pipeline.cli.terminal import err, out, print_json, print_rows, progress_bar, step_text
+from nrrn_pipeline.cli.terminal import counted_on, err, out, print_json, print_rows, progress_bar, step_text
 from nrrn_pipeline.cost import by_text, bytes_text, counted, duration_text
 from nrrn_pipeline.errors import readable
 from nrrn_pipeline.network import architecture_of, bytes_hash, parse_header
@@ -102,10 +102,9 @@ def verify(
     """
     problems = []
     with progress_bar("nothing is changed by verifying") as bar:
-        task = bar.add_task("verifying", total=None, speed="")
+        progressed = counted_on(bar, "verifying")
         for checked in check(output, deep):
-            bar.start()
-            bar.update(task, completed=checked.done, total=checked.total)
+            progressed(checked.done, checked.total)
             if checked.problem:
                 problems.append(checked.problem)
                 if not as_json:
@@ -115,8 +114,8 @@ def verify(
     if problems:
         err.print(f"{output} is not whole: {counted(len(problems), 'problem')}; nrrn repair makes damaged slabs again")
         raise typer.Exit(1)
-    how = "every byte is as it was written" if deep else "every shard is there (--deep reads them)"
     if not as_json:
+        how = "every byte is as it was written" if deep else "every shard is there (--deep reads them)"
         out.print(f"{output} is whole: every slab is recorded, {how}")
 
 
@@ -132,7 +131,8 @@ def status(
     now = api.status(output)
     if as_json:
         facts = asdict(now)
-        print_json(facts | {"voxels_per_second": facts.pop("rate")})
+        facts["voxels_per_second"] = facts.pop("rate")
+        print_json(facts)
         return
     rows = {
         "state": now.state,

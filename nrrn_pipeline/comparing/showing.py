@@ -77,7 +77,7 @@ def write_results(comparison: Comparison, folder: str, facts: Mapping[str, str])
     texts = {
         "results.json": f"{results}\n",
         "results.csv": csv_of(comparison),
-        "index.html": html_of(evaluation_of(comparison, facts)),
+        "index.html": html_of(report_of(comparison, facts)),
     }
     paths = [f"{absolute(folder)}/{name}" for name in texts]
     for path, text in zip(paths, texts.values(), strict=True):
@@ -102,7 +102,7 @@ def shown_columns(compared: Sequence[Compared]) -> dict[str, Column]:
     return {name: column for name, column in COLUMNS.items() if name in there}
 
 
-def evaluation_of(comparison: Comparison, facts: Mapping[str, str]) -> Report:
+def report_of(comparison: Comparison, facts: Mapping[str, str]) -> Report:
     """What the page shows."""
     shown = shown_columns(comparison.compared)
     rows = [

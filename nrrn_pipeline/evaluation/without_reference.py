@@ -86,11 +86,9 @@ def low_frequency_share(residual: NDArray[Any], below: float = 0.2) -> float:
     left in. 0 for a residual that is constant in every slice.
     """
     _refuse_small(residual, 1)
-    y, x = (np.fft.fftfreq(length) for length in residual.shape[1:])
-    is_low = np.hypot(y[:, None], x) < below
-    power = sum(np.square(np.abs(np.fft.fft2(plane))) for plane in _centred(residual))
-    total = np.sum(power)
-    return float(np.sum(power * is_low) / total) if total > 0 else 0.0
+    frequency, power = _power(residual)
+    total = power.sum()
+    return float(power[frequency < below].sum() / total) if total > 0 else 0.0
 
 
 def radial_spectrum(residual: NDArray[Any], bins: int = 32) -> tuple[Floats, Floats]:
@@ -100,14 +98,10 @@ def radial_spectrum(residual: NDArray[Any], bins: int = 32) -> tuple[Floats, Flo
     hold no frequency of so small a slice are left out. All 0 for a residual that is constant in every slice.
     """
     _refuse_small(residual, 2)
-    y, x = (np.fft.fftfreq(length) for length in residual.shape[1:])
-    frequency = np.hypot(y[:, None], x)
-    power = sum(np.square(np.abs(np.fft.fft2(plane))) for plane in _centred(residual))
+    frequency, power = _power(residual)
     inside = (frequency > 0) & (frequency <= 0.5)
     ring = np.minimum(frequency[inside] * 2 * bins, bins - 1).astype(np.intp)
-    counts, total, middles = (
-        np.bincount(ring, weights, bins) for weights in (None, np.asarray(power)[inside], frequency[inside])
-    )
+    counts, total, middles = (np.bincount(ring, weights, bins) for weights in (None, power[inside], frequency[inside]))
     there = counts > 0
     found = total[there] / counts[there]
     mean = float(total.sum() / counts.sum())
@@ -161,6 +155,13 @@ def _mean_steps(volume: NDArray[Any], axis: int) -> Floats:
     planes = (plane.astype(np.float64) for plane in volume)  # unsigned differences would wrap around
     total: Floats = sum(np.abs(np.diff(plane, axis=axis - 1)).mean(axis=2 - axis) for plane in planes)
     return total / len(volume)
+
+
+def _power(residual: NDArray[Any]) -> tuple[Floats, Floats]:
+    """(y, x) frequencies in cycles a voxel, and the power at each, summed over slices, each slice's mean removed."""
+    y, x = (np.fft.fftfreq(length) for length in residual.shape[1:])
+    power: Floats = np.asarray(sum(np.square(np.abs(np.fft.fft2(plane))) for plane in _centred(residual)))
+    return np.hypot(y[:, None], x), power
 
 
 def _centred(residual: NDArray[Any]) -> Iterator[Floats]:

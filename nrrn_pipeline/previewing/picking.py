@@ -17,7 +17,7 @@ from scipy.ndimage import gaussian_filter
 
 from nrrn_pipeline.cost import fetched_voxels
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.geometry import Box, Shape, Span
+from nrrn_pipeline.geometry import Box, Shape, Span, hull_of
 from nrrn_pipeline.volume import Volume, read_box
 
 SIDE = 512  # voxels along y and x of a window, where there are so many
@@ -58,14 +58,8 @@ def window_at(place: tuple[int, int, int], part: Box) -> Box:
         raise InputError(
             f"place {','.join(map(str, place))} is not inside {part} (z,y,x): choose one that is, in the level's voxels"
         )
-    y, x = (_around(at, SIDE, span) for at, span in zip(place[1:], part.spans[1:], strict=True))
+    y, x = (span.around(at, SIDE) for at, span in zip(place[1:], part.spans[1:], strict=True))
     return Box(Span(place[0], place[0] + 1), y, x)
-
-
-def _around(at: int, side: int, span: Span) -> Span:
-    """`side` voxels around one, all within a span, or that if it is shorter."""
-    start = max(span.start, min(at - side // 2, span.stop - side))
-    return Span(start, min(start + side, span.stop))
 
 
 def _windows(plane: Box, slab: Shape) -> Iterator[Box]:
@@ -84,9 +78,8 @@ def _structures(volume: Volume, windows: list[Box]) -> list[float]:
 
     As where each of its chunks is a whole slice.
     """
-    middles = [Box(box.z, *(_around((s.start + s.stop) // 2, MIDDLE, s) for s in box.spans[1:])) for box in windows]
-    first, last = windows[0], windows[-1]
-    whole = Box(first.z, Span(first.y.start, last.y.stop), Span(first.x.start, last.x.stop))
+    middles = [Box(box.z, box.y.middle(MIDDLE), box.x.middle(MIDDLE)) for box in windows]
+    whole = hull_of(windows)
     if fetched_voxels(volume, whole) <= sum(fetched_voxels(volume, middle) for middle in middles):
         voxels = _read(volume, whole)
         return [_structure(voxels[middle.within(whole)][0]) for middle in middles]
@@ -96,9 +89,7 @@ def _structures(volume: Volume, windows: list[Box]) -> list[float]:
 def _read(volume: Volume, box: Box) -> NDArray[Any]:
     voxels = read_box(volume, box)
     if not np.isfinite(voxels).all():
-        raise InputError(
-            f"{volume.url} holds NaN or infinite voxels in slice z={box.z.start}: replace them (with 0, say) first"
-        )
+        raise InputError.not_finite(volume.url, box.z.start)
     return voxels
 
 

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
-
 from nrrn_pipeline import storage
 from nrrn_pipeline.cost import by_text, bytes_text, counted, duration_text
 from nrrn_pipeline.denoisers import Weights
-from nrrn_pipeline.places import absolute
+from nrrn_pipeline.filters import filter_text
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.preparing import Location
-from nrrn_pipeline.previewing.regions import Preview, Region
-from nrrn_pipeline.report.page import INPUT, REMOVED, Column, Report, Row, html_of
+from nrrn_pipeline.previewing.regions import Preview
+from nrrn_pipeline.report.page import DENOISED, INPUT, Column, Report, Row, compared, write_page
 
-DENOISED = "denoised"
 NOTES = (
     "What is shown as denoised is what the full run will write there, byte for byte, with the same options on the same "
     "machine.",
@@ -27,7 +23,7 @@ NOTES = (
 def write_preview(preview: Preview, page: Location) -> None:
     """One HTML file, complete in itself. Raises InputError if it exists, or cannot be written."""
     storage.check_new_file(page)
-    storage.write_file(absolute(page), html_of(report_of(preview)).encode())
+    write_page(page, report_of(preview))
 
 
 def rows_of(preview: Preview) -> dict[str, str]:
@@ -60,7 +56,7 @@ def report_of(preview: Preview) -> Report:
     return Report(
         title=f"Preview of {plan.source.group_url}",
         facts=_facts(preview),
-        views={name: _pictures(region) for name, region in zip(names, regions, strict=True)},
+        views={name: compared(region.noisy, region.denoised) for name, region in zip(names, regions, strict=True)},
         columns=columns,
         rows=[
             Row(method, {column.name: value for column, value in zip(columns, values, strict=True)})
@@ -71,17 +67,11 @@ def report_of(preview: Preview) -> Report:
     )
 
 
-def _pictures(region: Region) -> dict[str, NDArray[np.generic]]:
-    removed = np.subtract(region.noisy, region.denoised, dtype=np.float64)
-    return {INPUT: region.noisy, DENOISED: region.denoised, REMOVED: removed}
-
-
 def _method(plan: DenoisePlan) -> str:
     denoiser = plan.denoiser
     if isinstance(denoiser, Weights):
         return f"{denoiser.path}: {denoiser.architecture}"
-    told = {word: value for word, value in denoiser.settings["filter"].items() if value is not None}
-    return ", ".join([told.pop("name"), *(f"{word} {value}" for word, value in told.items())])
+    return filter_text(denoiser.settings["filter"])
 
 
 def _noise(sigma: float | None) -> str:

@@ -16,14 +16,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from itertools import groupby, starmap
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-INPUT, REFERENCE, REMOVED = "input", "reference", "removed"
+from nrrn_pipeline import storage
+from nrrn_pipeline.places import absolute
+
+INPUT, REFERENCE, DENOISED, REMOVED = "input", "reference", "denoised", "removed"
 LIMIT = 3  # standard deviations of what was removed, from middle grey to white
 ZOOMS = {"0.25": "1:4", "0.5": "1:2", "1": "1:1", "2": "2:1", "3": "3:1", "4": "4:1", "6": "6:1", "8": "8:1"}
 NOTHING = "\N{EN DASH}"
@@ -123,9 +125,14 @@ class Report:
         return np.concatenate([view[name].ravel() for view in self.views.values()])
 
 
-def write_page(path: str | os.PathLike[str], report: Report) -> None:
+def compared(before: NDArray[Any], after: NDArray[Any]) -> dict[str, NDArray[Any]]:
+    """The (y, x) pictures of a view: a slice before and after, and what was removed."""
+    return {INPUT: before, DENOISED: after, REMOVED: np.subtract(before, after, dtype=np.float32)}
+
+
+def write_page(location: str | os.PathLike[str], report: Report) -> None:
     """One HTML file, complete in itself; it opens in any browser, also from disk."""
-    Path(path).write_text(html_of(report), encoding="utf-8")
+    storage.write_file(absolute(location), html_of(report).encode())
 
 
 def html_of(report: Report) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from nrrn_pipeline.report.page import display_range, grey_levels
+from nrrn_pipeline.report.page import LIMIT, display_range, grey_levels
 
 MARGIN, CAPTION = 8, 26  # pixels
 
@@ -36,9 +36,9 @@ def save_panels(path: str | os.PathLike[str], panels: dict[str, NDArray[Any]], e
 def removed_picture(residual: NDArray[Any]) -> tuple[bytes, float]:
     """What was taken out of a (y, x) slice, as PNG, and the grey levels from its middle grey, nothing, to its white.
 
-    These are 3 standard deviations.
+    These are LIMIT standard deviations.
     """
-    limit = 3 * float(np.std(residual)) or 1.0
+    limit = LIMIT * float(np.std(residual)) or 1.0
     sheet = io.BytesIO()
     Image.fromarray(grey_levels(residual, -limit, limit)).save(sheet, "PNG")
     return sheet.getvalue(), limit

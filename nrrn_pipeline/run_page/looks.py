@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 
 from nrrn_pipeline.cost import fetched_voxels
 from nrrn_pipeline.geometry import Box, Span, spans_of
-from nrrn_pipeline.report.page import INPUT, REMOVED
+from nrrn_pipeline.report.page import compared
 from nrrn_pipeline.run_page.made import Made
 from nrrn_pipeline.training.masks import best_window, image_blocks
 from nrrn_pipeline.volume import Volume, read_box
 
-DENOISED = "denoised"
 SIDE = 768  # pixels of a picture along either side: six views of three stay below 15 MB, however noisy
 PLACES = (0.25, 0.5, 0.75)  # of the slices
 SAMPLES, MIDDLE = 64, 256
@@ -61,21 +60,10 @@ def look_at(made: Made) -> Looks:
         name, whole = _overview(made, z[len(z) // 2])
         views[name] = whole
     sampled = _sampled(made.part.z)
-    middle = Box(window.z, *(middle_of(span, MIDDLE) for span in window.spans[1:]))
+    middle = Box(window.z, window.y.middle(MIDDLE), window.x.middle(MIDDLE))
     samples = [made.pair(Box(Span(each, each + 1), middle.y, middle.x)) for each in sampled]
     first, second = (np.concatenate(each) for each in zip(*samples, strict=True))
     return Looks(views, window, z, (before, after), sampled, (first, second))
-
-
-def compared(before: NDArray[Any], after: NDArray[Any]) -> dict[str, NDArray[Any]]:
-    """(y, x) pictures of one view."""
-    return {INPUT: before, DENOISED: after, REMOVED: np.subtract(before, after, dtype=np.float32)}
-
-
-def middle_of(span: Span, most: int) -> Span:
-    """`most` voxels in its middle, or all there are."""
-    start = span.start + max(0, len(span) - most) // 2
-    return Span(start, min(start + most, span.stop))
 
 
 def stretched(picture: NDArray[Any], down: float, across: float) -> NDArray[Any]:
@@ -101,7 +89,7 @@ def _window(made: Made, z: int) -> Box:
     blocks = image_blocks(made.source, slice_)
     found = best_window({z: blocks[0]}, slice_, SIDE) if blocks.any() else slice_
     y, x = (
-        middle_of(span.grown(LEAST // 2, whole) if len(span) < LEAST else span, SIDE)
+        (span.grown(LEAST // 2, whole) if len(span) < LEAST else span).middle(SIDE)
         for span, whole in zip(found.spans[1:], slice_.spans[1:], strict=True)
     )
     return Box(slice_.z, y, x)
@@ -113,17 +101,17 @@ def _across(made: Made, window: Box, axis: str) -> tuple[str, dict[str, NDArray[
     Of so many slices in the middle as fit, and as can be read without reading much of the volume.
     """
     along = window.x if axis == "y" else window.y
-    fixed = middle_of(window.y if axis == "y" else window.x, 1)
+    fixed = (window.y if axis == "y" else window.x).middle(1)
     depth, _, _ = made.output.voxel_size
     width = made.output.voxel_size[2 if axis == "y" else 1]
     down, across = (min(MOST_STRETCHED, size / min(depth, width)) for size in (depth, width))
-    z = middle_of(made.part.z, int(SIDE / down))
-    along = middle_of(along, int(min(SIDE, max(LEAST, LONGEST_STRIP * len(z) * down)) / across))
+    z = made.part.z.middle(int(SIDE / down))
+    along = along.middle(int(min(SIDE, max(LEAST, LONGEST_STRIP * len(z) * down)) / across))
     while True:
         box = Box(z, fixed, along) if axis == "y" else Box(z, along, fixed)
         if len(z) == 1 or fetched_voxels(made.source, box) <= MOST_FETCHED:
             break
-        z = middle_of(z, len(z) // 2)
+        z = z.middle(len(z) // 2)
     before, after = (stretched(each.squeeze(1 if axis == "y" else 2), down, across) for each in made.pair(box))
     plane = "xz" if axis == "y" else "yz"
     of = "" if z == made.part.z else f", z {z}"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from nrrn_pipeline.checking import WHOLE, Status, status
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.geometry import Box, Span
+from nrrn_pipeline.geometry import Box, Span, hull_of, joined
 from nrrn_pipeline.ledger import Ledger, Record
 from nrrn_pipeline.places import REQUESTS_AT_ONCE, absolute
 from nrrn_pipeline.preparing import Location
@@ -20,7 +20,7 @@ from nrrn_pipeline.statistics import SliceStatistics
 from nrrn_pipeline.volume import Volume, count_levels, get_provenance, open_volume, read_box
 
 MOST_RECORDS = 4096  # that are read, evenly out of all of them
-DENOISED = ("weights sha256", "filter")  # one of these settings makes a run one of denoising
+METHODS = ("weights sha256", "filter")  # one of these settings makes a run one of denoising
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def open_made(output: Location, source: Location | None = None) -> Made:
         raise InputError(f"{output} was not made by nrrn: give an output of nrrn denoise")
     ledger = Ledger(volume.url)
     slabs, settings = ledger.slabs(), ledger.settings() or {}
-    if not any(name in settings for name in DENOISED):
+    if not any(name in settings for name in METHODS):
         raise InputError(f"{output} was not denoised: a report is of an output of nrrn denoise")
     box = Box.parse(settings["roi"])
     done = [key for key, claims in ledger.done().items() if key in slabs and claims != {-1}]
@@ -98,22 +98,12 @@ def done_part(slabs: dict[str, Box], done: set[str]) -> Box:
     layers: dict[Span, bool] = {}
     for key, keep in slabs.items():
         layers[keep.z] = layers.get(keep.z, True) and key in done
-    stretches: list[Span] = []
-    for z in sorted(z for z, whole in layers.items() if whole):
-        if stretches and stretches[-1].stop == z.start:
-            stretches[-1] = Span(stretches[-1].start, z.stop)
-        else:
-            stretches.append(z)
-    if stretches:
-        y, x = (Span(min(s.start for s in along), max(s.stop for s in along)) for along in _across(slabs))
-        return Box(max(stretches, key=len), y, x)
+    if stretches := joined(z for z, whole in layers.items() if whole):
+        whole = hull_of(slabs.values())
+        return Box(max(stretches, key=len), whole.y, whole.x)
     if not done:
         raise InputError("no slab is done yet, and there is nothing to report: wait for the first, see nrrn status")
     return max((slabs[key] for key in done), key=lambda keep: keep.size)
-
-
-def _across(slabs: dict[str, Box]) -> tuple[list[Span], list[Span]]:
-    return [keep.y for keep in slabs.values()], [keep.x for keep in slabs.values()]
 
 
 def _source_of(provenance: dict[str, Any], ledger: Ledger, output: Location, source: Location | None) -> Volume:

@@ -16,11 +16,12 @@ from nrrn_pipeline.comparing.showing import COLUMNS
 from nrrn_pipeline.cost import by_text, bytes_text, counted, duration_text
 from nrrn_pipeline.errors import InputError, NrrnError
 from nrrn_pipeline.evaluation.odd_slices import BLANK, BRIGHTNESS, CONTRAST, STEP
-from nrrn_pipeline.places import absolute
+from nrrn_pipeline.filters import filter_text
+from nrrn_pipeline.geometry import Span, joined
 from nrrn_pipeline.preparing import Location, describe_weights
 from nrrn_pipeline.report import figures
-from nrrn_pipeline.report.page import INPUT, REMOVED, Figure, Report, Row, html_of
-from nrrn_pipeline.run_page.looks import DENOISED, Looks, look_at
+from nrrn_pipeline.report.page import DENOISED, INPUT, REMOVED, Figure, Report, Row, write_page
+from nrrn_pipeline.run_page.looks import Looks, look_at
 from nrrn_pipeline.run_page.made import Made, open_made
 from nrrn_pipeline.run_page.measuring import NOISE, Measured, measure, speeds
 from nrrn_pipeline.shipped import SHIPPED, model_card
@@ -66,7 +67,7 @@ def write_report(output: Location, page: Location, source: Location | None = Non
     check_report(page)
     made = open_made(output, source)
     looks = look_at(made)
-    storage.write_file(absolute(page), html_of(report_of(made, looks, measure(made, looks))).encode())
+    write_page(page, report_of(made, looks, measure(made, looks)))
 
 
 def report_of(made: Made, looks: Looks, measured: Measured) -> Report:
@@ -112,16 +113,11 @@ def _warnings(made: Made, measured: Measured) -> list[str]:
     return found
 
 
-def _slices(slices: Sequence[int], most: int = 2**62) -> str:
-    """Such as "Slices 3, 7 to 9"; of more stretches than `most` the first."""
-    stretches: list[list[int]] = []
-    for z in slices:
-        if stretches and z == stretches[-1][1] + 1:
-            stretches[-1][1] = z
-        else:
-            stretches.append([z, z])
-    named = [f"{a}" if a == b else f"{a} to {b}" for a, b in stretches[:most]]
-    more = f" and more, {len(slices)} in all" if len(stretches) > most else ""
+def _slices(slices: Sequence[int], most: int | None = None) -> str:
+    """Such as "Slices 3, 7 to 9"; of more stretches than `most`, the first."""
+    stretches = joined(Span(z, z + 1) for z in slices)
+    named = [f"{each.start}" if len(each) == 1 else f"{each.start} to {each.stop - 1}" for each in stretches[:most]]
+    more = f" and more, {len(slices)} in all" if most is not None and len(stretches) > most else ""
     return f"Slice {named[0]}" if len(slices) == 1 else f"Slices {', '.join(named)}{more}"
 
 
@@ -151,7 +147,7 @@ def _method(made: Made) -> str:
     """Weights with their network, or a filter with its strength."""
     settings = made.settings
     if "filter" in settings:
-        return ", ".join(f"{name} {value}" for name, value in dict(settings["filter"]).items())
+        return filter_text(dict(settings["filter"]))
     where, digest = str(made.provenance.get("weights")), str(settings.get("weights sha256"))
     with suppress(NrrnError):  # they may be gone by now
         found = describe_weights(where)

@@ -201,7 +201,5 @@ def _finite(clean: Volume, place: Place, box: Box) -> NDArray[Any]:
     """(z, y, x) clean voxels. Raises InputError if one is not a finite number."""
     voxels = place.read(clean, box)
     if not np.isfinite(voxels).all():
-        raise InputError(
-            f"{clean.url} holds NaN or infinite voxels in slice z={box.z.start}: replace them (with 0, say)"
-        )
+        raise InputError.not_finite(clean.url, box.z.start)
     return voxels

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from nrrn_pipeline.api import source_of
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.geometry import Box, Shape, Span
+from nrrn_pipeline.geometry import Box, Shape
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.preparing import Location
 from nrrn_pipeline.report.page import display_range
@@ -62,8 +62,8 @@ class Level:
         voxels = read_box(self.volume, part)
         if self.whole is None:
             return voxels
-        there = Box(*(Span(a.start + by, a.stop + by) for a, by in zip(part.spans, self.place, strict=True)))
-        removed: NDArray[Any] = np.subtract(read_box(self.whole, there), voxels, dtype=self.dtype)
+        there = read_box(self.whole, part.moved(self.place))
+        removed: NDArray[Any] = np.subtract(there, voxels, dtype=self.dtype)
         return removed
 
 
@@ -100,7 +100,7 @@ def _own_source(url: Location) -> tuple[str, int] | None:
     """The volume that an output was denoised from, and its level; None if it is none, or that is gone."""
     made = get_provenance(absolute(url)) or {}
     settings = made.get("settings")
-    if not isinstance(settings, dict) or not {"ingested", "noise"}.isdisjoint(settings):
+    if not isinstance(settings, dict) or "noise" in settings:
         return None
     try:
         return source_of(settings["source"], made["source group"])
@@ -167,11 +167,8 @@ def _place(whole: Volume, part: Volume) -> Shape | None:
 def _crops(volume: Volume) -> Iterator[Box]:
     """Nine of one slice each: along the diagonal, near the first, the middle and the last slice."""
     for at, across in product((1 / 6, 1 / 2, 5 / 6), repeat=2):
-        centre = [int(length * share) for length, share in zip(volume.shape, (at, across, across), strict=True)]
-        sizes = 1, CROP, CROP
-        starts = [max(0, min(c - n // 2, m - n)) for c, n, m in zip(centre, sizes, volume.shape, strict=True)]
-        ends = (min(start + n, m) for start, n, m in zip(starts, sizes, volume.shape, strict=True))
-        yield Box(*map(Span, starts, ends))
+        along = zip(volume.box.spans, (at, across, across), (1, CROP, CROP), strict=True)
+        yield Box(*(span.around(int(len(span) * share), side) for span, share, side in along))
 
 
 def _contrast(sample: NDArray[Any]) -> Range:

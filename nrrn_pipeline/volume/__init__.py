@@ -10,7 +10,7 @@ from nrrn_pipeline.volume.opening import (
     set_level,
     set_provenance,
 )
-from nrrn_pipeline.volume.voxels import object_key, read_box, stored_units, write_box, written_slices
+from nrrn_pipeline.volume.voxels import object_key, read_ahead, read_box, stored_units, write_box, written_slices
 
 __all__ = [
     "DTYPES",
@@ -22,6 +22,7 @@ __all__ = [
     "is_zarr",
     "object_key",
     "open_volume",
+    "read_ahead",
     "read_box",
     "refuse_unwritable",
     "set_level",

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from math import prod
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import zarr
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
 
 DECODE_ATTEMPTS = 6  # of one write unit whose bytes came, but damaged
 
+T = TypeVar("T")
+R = TypeVar("R")
 Written = dict[str, tuple[int, str]]  # an object's key -> its bytes, and their digest
 
 
@@ -43,6 +49,17 @@ def read_box(volume: Volume, box: Box) -> NDArray[Any]:
     for unit in cells_of(box, volume.write_unit):
         voxels[unit.within(box)] = _read_patiently(volume, unit)
     return voxels
+
+
+def read_ahead(read: Callable[[T], R], parts: Iterable[T]) -> Iterator[R]:
+    """What `read` gives of each part, in order; while one is at work on it, the next is read."""
+    rest = iter(parts)
+    with ThreadPoolExecutor(1) as pool:
+        coming = deque(pool.submit(read, part) for part in islice(rest, 1))
+        while coming:
+            found = coming.popleft().result()
+            coming.extend(pool.submit(read, part) for part in islice(rest, 1))
+            yield found
 
 
 def _read_patiently(volume: Volume, part: Box) -> NDArray[Any]:

@@ -88,7 +88,7 @@ def test_the_command_tells_the_run_and_names_the_slices_that_look_wrong(
     assert told["state"] == "complete, 12 of 12 slabs"
     assert told["source"] == f"{lab / 'raw.zarr'}, 24 x 96 x 128 uint8"
     assert told["output"] == f"{lab / 'smooth.zarr'}, 24 x 96 x 128, voxels of 8 x 4 x 4 nm, 294.91 KB"
-    assert told["method"].startswith("name gaussian-avg, sigma ")
+    assert told["method"].startswith("gaussian-avg, sigma ")
     assert "with 1 worker" in told["run"]
     assert told["slab"] == "[8, 64, 64]"
     assert "numpy 2." in told["versions"]

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nrrn_pipeline.geometry import Box, Span, boxes_of, tiles_of
+from nrrn_pipeline.geometry import Box, Span, boxes_of, hull_of, joined, tiles_of
+
+spans = st.builds(lambda start, length: Span(start, start + length), st.integers(0, 9), st.integers(1, 40))
 
 
 @st.composite
@@ -102,3 +104,39 @@ def test_on_a_grid_every_tile_begins_at_a_multiple_and_reads_its_halo(
         assert bounds.start <= cut.read.start <= needed.start
         assert needed.stop <= cut.read.stop <= bounds.stop
         assert len(cut.read) <= window + grid
+
+
+@given(spans, st.integers(-5, 40), st.integers(1, 30))
+def test_a_window_lies_within_its_span_as_near_to_its_place_as_can_be(span: Span, at: int, side: int) -> None:
+    found = span.around(at, side)
+    assert len(found) == min(side, len(span))
+    assert span.start <= found.start
+    assert found.stop <= span.stop
+    if span.start + side <= at < span.stop - side:
+        assert found == Span(at - side // 2, at - side // 2 + side)
+
+
+@given(spans, st.integers(1, 30))
+def test_as_much_is_left_out_on_both_sides_of_the_middle(span: Span, side: int) -> None:
+    found = span.middle(side)
+    assert len(found) == min(side, len(span))
+    assert 0 <= (span.stop - found.stop) - (found.start - span.start) <= 1
+
+
+@given(st.sets(st.integers(0, 30)))
+def test_joined_spans_hold_the_same_voxels_and_do_not_touch(voxels: set[int]) -> None:
+    found = joined(Span(at, at + 1) for at in voxels)
+    assert [at for span in found for at in range(span.start, span.stop)] == sorted(voxels)
+    assert all(before.stop < after.start for before, after in itertools.pairwise(found))
+
+
+def test_the_hull_holds_all_boxes_and_no_more() -> None:
+    boxes = Box(Span(0, 1), Span(5, 9), Span(2, 3)), Box(Span(4, 6), Span(6, 7), Span(0, 1))
+    assert hull_of(boxes) == Box(Span(0, 6), Span(5, 9), Span(0, 3))
+    assert hull_of(boxes[:1]) == boxes[0]
+
+
+def test_what_is_moved_there_and_back_is_what_it_was() -> None:
+    box = Box(Span(1, 2), Span(5, 9), Span(2, 3))
+    assert box.moved((3, -2, 0)) == Box(Span(4, 5), Span(3, 7), Span(2, 3))
+    assert box.moved((1, 5, 2)).shifted(box) == box

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ome_zarr_models.v05 import Image
 
 from nrrn_pipeline import storage
-from nrrn_pipeline.errors import InputError
+from nrrn_pipeline.errors import InputError, StorageError
 from nrrn_pipeline.geometry import Box, Span, boxes_of
 from nrrn_pipeline.volume import (
     Volume,
@@ -25,6 +25,7 @@ from nrrn_pipeline.volume import (
     get_provenance,
     is_zarr,
     open_volume,
+    read_ahead,
     read_box,
     set_provenance,
     stored_units,
@@ -351,3 +352,24 @@ def test_metadata_that_was_changed_under_a_begun_output_is_refused(tmp_path: Pat
     with pytest.raises(InputError, match="was changed since it was begun"):
         create_volume(replace(volume, dtype="uint16"), {})
     create_volume(volume, {})
+
+
+def test_one_part_is_read_ahead_of_the_one_at_work() -> None:
+    begun: list[int] = []
+
+    def read(part: int) -> int:
+        begun.append(part)
+        if part == 4:
+            raise StorageError("gone")
+        return part * part
+
+    assert [*read_ahead(read, [])] == []
+    assert [*read_ahead(read, range(4))] == [0, 1, 4, 9]
+    begun.clear()
+    coming = read_ahead(read, range(9))
+    assert next(coming) == 0
+    coming.close()
+    assert begun == [0, 1]
+    with pytest.raises(StorageError, match="gone"):
+        [*read_ahead(read, range(9))]
+    assert begun == [0, 1, 0, 1, 2, 3, 4]
