@@ -63,7 +63,8 @@ class Level:
         if self.whole is None:
             return voxels
         there = Box(*(Span(a.start + by, a.stop + by) for a, by in zip(part.spans, self.place, strict=True)))
-        removed: NDArray[Any] = np.subtract(read_box(self.whole, there), voxels, dtype=self.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # of floats that are infinite, or nearly
+            removed: NDArray[Any] = np.subtract(read_box(self.whole, there), voxels, dtype=self.dtype)
         return removed
 
 
