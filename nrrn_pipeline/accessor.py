@@ -73,9 +73,13 @@ def _in_blocks(array: xarray.DataArray) -> xarray.DataArray:
         )
     if array.dtype.name not in DTYPES:
         raise InputError(f"the array holds {array.dtype.name} voxels: expected {', '.join(DTYPES)}; use .astype")
+    if np.isnan(array.shape).any():
+        raise InputError("the array has chunks of unknown sizes: call its .data.compute_chunk_sizes() first")
     if array.size == 0:
         raise InputError(f"the array is empty: its shape is {array.shape}")
-    return array if array.chunks else array.chunk(dict(zip("zyx", CHUNK, strict=True)))
+    if not array.chunks:
+        return array.chunk(dict(zip("zyx", CHUNK, strict=True)))
+    return array.chunk({axis: tuple(filter(None, sizes)) for axis, sizes in zip("zyx", array.chunks, strict=True)})
 
 
 def _denoised(data: Any, plan: DenoisePlan, device: str) -> dask.array.Array:

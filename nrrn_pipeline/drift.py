@@ -163,7 +163,7 @@ class DriftMeter:
         """The next slice. A blank one is passed over: those around it are compared with each other."""
         z, shape = self._count, crops[0].shape
         self._count += 1
-        if all(np.ptp(crop) == 0 for crop in crops):
+        if all(crop.min() == crop.max() for crop in crops):
             return
         spectra = [_spectrum(crop) for crop in crops]
         self._pairs += [(z, before, _shift(known, spectra, shape)) for before, known in self._seen]
@@ -185,10 +185,10 @@ def drift_of(slices: Iterable[Sequence[NDArray[Any]]], first_z: int = 0) -> Drif
 
 
 def _spectrum(crop: NDArray[Any]) -> Spectrum:
-    """The spectrum of a (y, x) crop that fades out towards its borders."""
-    values = crop.astype(np.float32)
-    values -= values.mean()
-    found: Spectrum = fft.rfft2(values * _window(crop.shape))
+    """The spectrum of a (y, x) crop, in units of its std, that fades out towards its borders."""
+    values = crop - crop.mean(dtype=np.float64)
+    values /= values.std() or 1.0
+    found: Spectrum = fft.rfft2(values.astype(np.float32) * _window(crop.shape))
     return found
 
 

@@ -61,7 +61,7 @@ def align(
         return
     made = planned(source, output, undo_trend, options, report.measure)
     if not report.made:
-        notes.print("note: slices are moved as the output was begun; their drift is not measured again")
+        notes.print("note: slices are moved as the output was begun; their drift is not measured, told or drawn again")
     with progress_bar(GO_ON) as bar:
         summary = api.run_planned(made, options, Watch(bar))
     out.print(f"{made.group_url}: {_result(made, options)}; complete, {counted(summary.slabs, 'slab')}")
@@ -85,13 +85,13 @@ class _Report:
 
     def __post_init__(self) -> None:
         for option, name, suffixes in (("plot", self.plot, (".png",)), ("out", self.table, (".csv", ".json"))):
-            if name is not None:
-                if not name.lower().endswith(suffixes):
-                    raise InputError(f"--{option} {name!r} is not understood: give a name that ends with {suffixes[0]}")
-                storage.check_new_file(name)
+            if name is not None and not name.lower().endswith(suffixes):
+                raise InputError(f"--{option} {name!r} is not understood: give a name that ends with {suffixes[0]}")
 
     def measure(self, volume: Volume, part: Box) -> Drift:
         """The drift, printed, drawn and written."""
+        for name in filter(None, (self.plot, self.table)):  # not sooner: a run that goes on has made them
+            storage.check_new_file(name)
         with progress_bar("nothing is written") as bar:
             found = measure_volume_drift(volume, part, counted_on(bar, "measuring", len(part.z)))
         print_rows(self._rows(found))

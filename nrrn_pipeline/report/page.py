@@ -301,7 +301,7 @@ def _gallery(report: Report) -> str:
     ranges = dict.fromkeys(report.names, (low, high))
     removed = ""
     if REMOVED in report.names:
-        limit = LIMIT * float(np.std(report.all_of(REMOVED))) or 1.0
+        limit = LIMIT * float(np.std(report.all_of(REMOVED), dtype=np.float64)) or 1.0
         ranges[REMOVED] = -limit, limit
         removed = f" Of what was removed, middle grey is nothing, black {limit:.4g} below, white as much above."
     items = "\n".join(

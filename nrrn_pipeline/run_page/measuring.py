@@ -52,7 +52,7 @@ def measure(made: Made, looks: Looks) -> Measured:
     """Raises InputError for slices that are too small to be measured."""
     if min(looks.window.shape[1:]) < LEAST_SIDE:
         raise InputError(
-            f"what {made.output.group_url} has is of {looks.window.shape[1:]} voxels in y and x: a report needs "
+            f"what {made.output.group_url} has is of {made.part.shape[1:]} voxels in y and x: a report needs "
             f"{LEAST_SIDE} x {LEAST_SIDE}"
         )
     before, after = looks.slices

@@ -63,7 +63,8 @@ class Level:
         if self.whole is None:
             return voxels
         there = read_box(self.whole, part.moved(self.place))
-        removed: NDArray[Any] = np.subtract(there, voxels, dtype=self.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):  # of floats that are infinite, or nearly
+            removed: NDArray[Any] = np.subtract(there, voxels, dtype=self.dtype)
         return removed
 
 

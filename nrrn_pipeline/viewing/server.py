@@ -122,10 +122,14 @@ class _Handler(BaseHTTPRequestHandler):
     server_version, sys_version = "nrrn", ""
     disable_nagle_algorithm = True  # head and content are sent one after the other
 
+    def handle(self) -> None:
+        """What http.server calls for a connection; so are the others."""
+        with suppress(ConnectionError):  # a browser that looks elsewhere drops what it asked for, or ends it
+            super().handle()
+
     def do_GET(self) -> None:
-        """What http.server calls; so are the others."""
-        with suppress(ConnectionError):  # a browser that looks elsewhere drops what it asked for
-            self._answer()
+        """For a request."""
+        self._answer()
 
     do_HEAD = do_GET  # noqa: N815
 

@@ -19,6 +19,8 @@ import nrrn_pipeline.accessor  # noqa: F401  (it is what gives arrays their .nrr
 from nrrn_pipeline import InputError, Layout, Options, denoise, open_volume
 from tests.support import image_like, ome_image, tiny_network, tiny_weights, whole_slices
 
+DASK = dask.array.ones((2, 8, 8), chunks=1, dtype=np.uint8)
+
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -114,6 +116,13 @@ def test_voxels_in_memory_are_cut_into_blocks(weights: Path) -> None:
     assert off(found, voxels) < 0.501
 
 
+def test_blocks_with_nothing_in_them_are_left_out(weights: Path) -> None:
+    voxels = image_like((4, 20, 24))
+    found = volume(dask.array.from_array(voxels, chunks=((0, 1, 0, 3), (20, 0), (24,)))).nrrn.denoise(weights)
+    assert found.chunks == ((1, 3), (20,), (24,))
+    assert off(found, voxels) <= 0.51
+
+
 def test_a_blank_slice_passes_through(weights: Path) -> None:
     voxels = image_like((5, 20, 20))
     voxels[2] = 0
@@ -151,6 +160,7 @@ def test_large_arrays_take_seconds_to_describe(weights: Path) -> None:
         (volume(np.zeros((2, 8, 8), np.uint8)).isel(z=0), "dimensions y, x: expected z, y, x"),
         (volume(np.zeros((2, 8, 8), np.uint8)).expand_dims("c"), "dimensions c, z, y, x"),
         (volume(np.zeros((2, 8, 8), np.uint8)).isel(z=slice(0)), "is empty"),
+        (volume(DASK[DASK[:, 0, 0] > 0]), r"chunks of unknown sizes: call its .data.compute_chunk_sizes\(\) first"),
     ],
 )
 def test_what_is_no_volume_is_refused(weights: Path, array: xarray.DataArray, words: str) -> None:

@@ -239,3 +239,13 @@ def test_nan_is_named_with_its_slice(tmp_path: Path) -> None:
     voxels[5, 60, 60] = np.nan
     with pytest.raises(InputError, match="NaN or infinite voxels in slice z=5"):
         measure_drift(bare_zarr(tmp_path / "v.zarr", voxels))
+
+
+def test_the_same_words_go_on_though_the_drift_is_drawn_by_now(raw: Path, tmp_path: Path, nrrn: Nrrn) -> None:
+    words = ("align", raw, tmp_path / "a.zarr", "--plot", tmp_path / "d.png", "--out", tmp_path / "d.csv", *SERIAL)
+    assert nrrn(*words).status == 0
+    drawing = (tmp_path / "d.png").read_bytes()
+    again = nrrn(*words)
+    assert (again.status, again.out.count("\n")) == (0, 1)
+    assert "not measured, told or drawn again" in again.err
+    assert (tmp_path / "d.png").read_bytes() == drawing

@@ -243,6 +243,11 @@ def test_what_was_removed_has_its_own_greys_and_nothing_is_middle_grey() -> None
     assert '<option value="1" selected>NRRN' in text, "what was removed is no method"
 
 
+def test_floats_of_any_size_have_their_greys() -> None:
+    large = np.linspace(-1e37, 1e37, 4096, dtype=np.float32).reshape(64, 64)
+    assert "black 1.732e+37 below" in html_of(evaluation(views=one_view(input=large, NRRN=large, removed=large)))
+
+
 def test_a_figure_is_png_or_svg() -> None:
     with pytest.raises(ValueError, match="PNG or SVG, but it begins with b'GIF89a'"):
         Figure(b"GIF89a", "moving")

@@ -109,6 +109,14 @@ def test_one_comparison_that_is_wrong_is_outvoted() -> None:
     np.testing.assert_allclose(np.diff(others, axis=0), 0, atol=0.3)
 
 
+@pytest.mark.parametrize("scale", [1e-36, 1e36])
+def test_voxels_of_any_size_drift_alike(scale: float) -> None:
+    voxels = drifting(jitter(2.0), 20.0)
+    found = drift_of(one_by_one(voxels.astype(np.float32) * np.float32(scale)))
+    assert found.told
+    np.testing.assert_allclose(found.position, drift_of(one_by_one(voxels)).position, atol=0.02)
+
+
 def test_stripes_along_either_axis_are_no_structure() -> None:
     voxels = drifting(jitter(3.0)).astype(float)
     voxels[:] += 60 * np.random.default_rng(3).normal(size=(1, 1, 128))  # at the same place in all slices

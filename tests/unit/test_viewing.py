@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
+import struct
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.client import HTTPConnection
@@ -155,6 +159,11 @@ def test_contrast_is_that_of_the_data_and_never_nothing(tmp_path: Path) -> None:
     assert [layer.contrast for layer in flat] == [(0.0, 1.0)]
 
 
+def test_what_is_removed_of_infinite_voxels_is_no_number(tmp_path: Path) -> None:
+    path = bare_zarr(tmp_path / "a.zarr", np.full(SHAPE, np.inf, "float32"))
+    assert find_layers(path, path)[2].contrast == (-1.0, 1.0)
+
+
 def test_measuring_contrast_reads_little_however_large_the_volume(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -247,6 +256,19 @@ def test_what_cannot_be_read_is_told_and_the_rest_is_served(volume: Path, monkey
         assert (status, content) == (500, b"s3://lab/raw.zarr/c/0/0/0: no such bucket")
         assert told == [content.decode()]
         assert got(address, "0/0/c/0/0/0")[0] == 200
+
+
+def test_a_browser_that_goes_away_is_no_error(address: str, capfd: pytest.CaptureFixture[str]) -> None:
+    parts = urlsplit(address)
+    with socket.create_connection((parts.hostname, parts.port)) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, not closed
+        connection.sendall(f"GET {parts.path}0/zarr.json HTTP/1.1\r\n\r\n".encode())
+        connection.recv(1)
+    deadline = time.monotonic() + 60
+    while any("process_request_thread" in thread.name for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert capfd.readouterr().err == ""
 
 
 def test_readers_at_one_time_are_as_many_as_memory_holds() -> None:
