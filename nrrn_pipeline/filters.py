@@ -173,7 +173,8 @@ FILTERS = {name: method.line for name, method in _METHODS.items()}
 def filter_text(settings: Mapping[str, Any]) -> str:
     """What stands in a plan's settings as "filter", for people."""
     told = {word: value for word, value in settings.items() if word != "name" and value is not None}
-    return ", ".join([str(settings.get("name")), *(f"{word} {value}" for word, value in told.items())])
+    shown = (f"{word} {value:.4g}" if isinstance(value, float) else f"{word} {value}" for word, value in told.items())
+    return ", ".join([str(settings.get("name")), *shown])
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -60,6 +62,10 @@ def main() -> None:
     try:
         with _sigterm_like_ctrl_c():
             app()
+    except SystemExit as end:
+        if end.code in (INTERRUPTED, TERMINATED):
+            atexit.register(_end_in_silence)
+        raise
     except (NrrnError, OSError) as error:
         from nrrn_pipeline.cli.terminal import err  # not sooner: help, completion and workers need no torch
         from nrrn_pipeline.training.processes import say_once
@@ -67,6 +73,13 @@ def main() -> None:
         text = f"nrrn: {error}"
         say_once(lambda: err.print(text), lost=isinstance(error, LostError))
         sys.exit(error.exit_status if isinstance(error, NrrnError) else 1)
+
+
+def _end_in_silence() -> None:
+    """Of what was amid a read when the user broke off, zarr's and Dask's threads would complain at length."""
+    logging.disable()
+    warnings.simplefilter("ignore")
+    sys.unraisablehook = lambda _: None
 
 
 @contextmanager

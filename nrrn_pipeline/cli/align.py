@@ -56,6 +56,10 @@ def align(
     report = _Report(plot, table, undo_trend)
     options = replace(options, roi=parse_box("roi", roi))
     if output is None:
+        if options != Options(level=options.level, roi=options.roi):
+            raise InputError(
+                "without DST drift is only measured, by this process: give a DST, or --level and --roi at most"
+            )
         volume = open_volume(source, options.level)
         report.measure(volume, options.roi or volume.box)
         return

@@ -52,7 +52,7 @@ def info(
             "bytes": volume.box.size * volume.itemsize,
             "voxel_nm": volume.voxel_nm,
             "chunk": volume.chunk,
-            "shard": volume.write_unit,
+            "shard": None if volume.chunk == volume.write_unit else volume.write_unit,
             "axes": volume.axes,
             "levels": max(1, count_levels(path)),
             "largest_step": largest_z and {"voxels": largest_z[0], "z": largest_z[1]},

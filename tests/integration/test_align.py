@@ -69,6 +69,7 @@ def test_slices_are_moved_back_and_every_voxel_is_one_of_the_source(raw: Path, t
 
 def test_drift_is_told_drawn_and_written_and_nothing_else(raw: Path, tmp_path: Path, nrrn: Nrrn) -> None:
     before = sorted(tmp_path.iterdir())
+    assert "give a DST" in nrrn("align", raw, *SERIAL).err
     plot, table = tmp_path / "drift.png", tmp_path / "drift.csv"
     told = nrrn("align", raw, "--plot", plot, "--out", table)
     assert "WARNING: shifted against each other by up to" in told.out
@@ -216,7 +217,7 @@ def test_bad_input_is_one_line_and_nothing_written(
     raw: Path, tmp_path: Path, nrrn: Nrrn, words: list[str], says: str
 ) -> None:
     for output in ([], [tmp_path / "a.zarr"]):
-        said = nrrn("align", raw, *output, *words, *SERIAL)
+        said = nrrn("align", raw, *output, *words, *(SERIAL if output else ()))
         assert said.status == 2
         assert says in said.err
         assert said.err.count("\n") == 1
