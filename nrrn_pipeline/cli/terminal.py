@@ -40,13 +40,12 @@ class LogLines(Progress):
 
     def update(self, task_id: TaskID, **changes: Any) -> None:
         """As Progress does; and say how far the task is, if it is time to."""
-        ended = self.tasks[self.task_ids.index(task_id)].finished
+        before = self.tasks[self.task_ids.index(task_id)]
+        said = before.finished and changes.get("speed") == before.fields.get("speed")
         super().update(task_id, **changes)
         task = self.tasks[self.task_ids.index(task_id)]
         now = self.get_time()
-        if (task.finished and not ended) or now >= self._said.setdefault(
-            task_id, task.start_time or now
-        ) + LINE_EVERY_S:
+        if (task.finished and not said) or now >= self._said.setdefault(task_id, task.start_time or now) + LINE_EVERY_S:
             self._said[task_id] = now
             left = task.time_remaining
             told = (

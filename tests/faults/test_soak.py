@@ -160,7 +160,7 @@ def test_of_ten_thousand_slabs_each_costs_the_same_requests_and_the_driver_keeps
     assert found["write voxels"] == found["write record"] == SLABS
     of_the_run = {"lease"}  # renewed every so many seconds
     others = {what: n for what, n in found.items() if n < SLABS and what.split()[1] not in of_the_run}
-    assert sum(others.values()) < 50, others
+    assert sum(others.values()) < 60, others
     lists = [sum(n for what, n in at.items() if what.startswith("list")) for at in requests.values()]
     assert lists[1] - lists[0] <= seconds  # those of the lease: none for a slab
 

@@ -317,8 +317,10 @@ def test_files_on_object_storage_become_a_volume_there(tmp_path: Path, moto_s3: 
 
 
 @pytest.mark.parametrize("words", [("only-one",), ("a", "b", "--voxel-nm", "5,5"), ("a", "b", "--lacking", "maybe")])
-def test_bad_words_are_refused_in_one_line(tmp_path: Path, nrrn: Nrrn, words: tuple[str, ...]) -> None:
-    os.chdir(tmp_path)
+def test_bad_words_are_refused_in_one_line(
+    tmp_path: Path, nrrn: Nrrn, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     said = nrrn("ingest", *words)
     assert said.status == 2
     assert said.err.startswith("nrrn: ")
