@@ -40,12 +40,12 @@ class LogLines(Progress):
 
     def update(self, task_id: TaskID, **changes: Any) -> None:
         """As Progress does; and say how far the task is, if it is time to."""
-        before = self.tasks[self.task_ids.index(task_id)]
-        said = before.finished and changes.get("speed") == before.fields.get("speed")
+        task = self.tasks[task_id]  # no task is ever removed
+        before = task.finished, task.fields.get("speed")
         super().update(task_id, **changes)
-        task = self.tasks[self.task_ids.index(task_id)]
+        ends = task.finished and (task.finished, task.fields.get("speed")) != before
         now = self.get_time()
-        if (task.finished and not said) or now >= self._said.setdefault(task_id, task.start_time or now) + LINE_EVERY_S:
+        if ends or now >= self._said.setdefault(task_id, task.start_time or now) + LINE_EVERY_S:
             self._said[task_id] = now
             left = task.time_remaining
             told = (

@@ -138,3 +138,12 @@ def test_json_has_null_for_what_is_no_number(capsys: pytest.CaptureFixture[str])
         "f": None,
         "g": True,
     }
+
+
+def test_in_a_log_what_is_done_is_said_once_unless_there_is_news(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = LogLines()
+    task = bar.add_task("verifying", total=2, speed="")
+    for _ in range(3):
+        bar.update(task, completed=2, total=2)
+    bar.update(task, completed=2, speed="held out 2.1")
+    assert capsys.readouterr().err.splitlines() == ["verifying: 2 of 2", "verifying: 2 of 2, held out 2.1"]
