@@ -152,6 +152,7 @@ def test_nothing_overlaps_and_nothing_is_wider_than_the_window(page: Browser) ->
     assert page.value("document.documentElement.scrollWidth") <= 1366
     assert page.value("document.querySelector('#view').getBoundingClientRect().top") < 500, "seen without scrolling"
     page.send("Emulation.setDeviceMetricsOverride", width=420, height=800, deviceScaleFactor=1, mobile=False)
+    page.picture()  # drawn anew: until then the page does not know of its size
     assert page.value("document.documentElement.scrollWidth") <= 420
 
 
