@@ -31,7 +31,8 @@ class VolumeNoise:
     curve: by signal. sigma: of each slice from `first_z` on, in grey levels, 0 where there is none to be measured, as
     in a blank one. outliers: slices (z) whose noise is not what slices around have. shared: correlation of the noise of
     voxels beside each other along y and x, median over slices (noise_details.neighbour_noise). likeness: mean
-    correlation of successive slices, 1 if they are equal. drift: of the slices' middles; None if these are too small.
+    correlation of successive slices, 1 if they are equal. drift: of the slices' middles; None if it
+    was not asked for, or these are too small.
     """
 
     curve: NoiseCurve
@@ -53,7 +54,7 @@ class VolumeNoise:
         return max(map(abs, self.shared))
 
 
-def measure_volume(volume: Volume, part: Box | None = None) -> VolumeNoise:
+def measure_volume(volume: Volume, part: Box | None = None, with_drift: bool = False) -> VolumeNoise:
     """The noise of a volume, or a part of it: by signal where noise_of measures it, by slice in each slice's middle.
 
     Reads 256 x 256 voxels of every slice. Raises InputError as noise_of does, and if no two successive slices have
@@ -62,7 +63,7 @@ def measure_volume(volume: Volume, part: Box | None = None) -> VolumeNoise:
     part = part or volume.box
     curve = noise_of(volume, part)
     sigma, shared, likeness = [], [], []
-    before, meter = None, DriftMeter()
+    before, meter = None, DriftMeter() if with_drift and min(part.shape[1:]) >= LEAST_SIDE else None
     for z, plane in enumerate(_middles(volume, part), start=part.z.start):
         if not np.isfinite(plane).all():
             raise InputError.not_finite(volume.url, z)
@@ -72,7 +73,7 @@ def measure_volume(volume: Volume, part: Box | None = None) -> VolumeNoise:
             if before is not None:
                 likeness.append(float(np.corrcoef(before.ravel(), plane.ravel())[0, 1]))
         before = plane if sigma[-1] > 0 else None
-        if min(plane.shape) >= LEAST_SIDE:
+        if meter is not None:
             meter.add([plane])
     if not likeness:
         raise InputError(
@@ -88,7 +89,7 @@ def measure_volume(volume: Volume, part: Box | None = None) -> VolumeNoise:
         (float(y), float(x)),
         likeness=float(np.mean(likeness)),
         first_z=part.z.start,
-        drift=meter.drift(part.z.start) if min(plane.shape) >= LEAST_SIDE else None,
+        drift=None if meter is None else meter.drift(part.z.start),
     )
 
 

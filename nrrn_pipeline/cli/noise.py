@@ -55,7 +55,7 @@ def noise(
     volume, part = open_volume(source, level), parse_box("roi", roi)
     if part is not None:
         refuse_outside(part, volume.box)
-    found = measure_volume(volume, part)
+    found = measure_volume(volume, part, with_drift=True)
     if as_json:
         loss, why = loss_for(found, Architecture.published("nrrn"))
         print_json(asdict(found) | {"white": found.white, "loss": loss, "why": why})
