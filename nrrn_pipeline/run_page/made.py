@@ -75,7 +75,7 @@ def open_made(output: Location, source: Location | None = None) -> Made:
     box = Box.parse(settings["roi"])
     done = [key for key, claims in ledger.done().items() if key in slabs and claims != {-1}]
     part = done_part(slabs, set(done))
-    opened = _source_of(provenance, ledger, output, source)
+    opened = _source_of(provenance, settings, ledger.followed(), output, source)
     read = done[:: -(-len(done) // MOST_RECORDS)]
     records = _records(ledger, read)
     return Made(
@@ -106,9 +106,10 @@ def done_part(slabs: dict[str, Box], done: set[str]) -> Box:
     return max((slabs[key] for key in done), key=lambda keep: keep.size)
 
 
-def _source_of(provenance: dict[str, Any], ledger: Ledger, output: Location, source: Location | None) -> Volume:
+def _source_of(
+    provenance: dict[str, Any], settings: dict[str, Any], followed: bool, output: Location, source: Location | None
+) -> Volume:
     """The volume that the output was made of: a level, if it was one. Raises InputError if it is not there."""
-    settings, followed = ledger.settings() or {}, ledger.followed()
     try:
         where = str(provenance.get("source group", settings["source"])) if source is None else source
         shape, dtype = [int(length) for length in settings["source shape"]], str(settings["dtype"])

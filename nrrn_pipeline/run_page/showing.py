@@ -73,13 +73,15 @@ def write_report(output: Location, page: Location, source: Location | None = Non
 def report_of(made: Made, looks: Looks, measured: Measured) -> Report:
     """What the page shows."""
     columns = [COLUMNS[name] for name in SHOWN_COLUMNS]
+    (before, after), (flat_before, flat_after) = map(_median, measured.sigma), measured.iqr
+    values = {
+        INPUT: (before, flat_before, None, None),
+        DENOISED: (after, flat_after, measured.whiteness, measured.structure),
+    }
     rows = [
-        Row(name, {COLUMNS["noise_sigma"].name: _median(sigma), COLUMNS["flat_iqr"].name: iqr})
-        for name, sigma, iqr in zip((INPUT, DENOISED), measured.sigma, measured.iqr, strict=True)
+        Row(name, {column.name: value for column, value in zip(columns, own, strict=True)})
+        for name, own in values.items()
     ]
-    removed = (measured.whiteness, measured.structure)
-    names = [column.name for column in columns[2:]]
-    rows[1] = Row(DENOISED, {**rows[1].values, **dict(zip(names, removed, strict=True))})
     return Report(
         title=f"{name_of(made.output.group_url)}: {name_of(made.source.group_url)} denoised",
         facts=_facts(made, looks, measured),
