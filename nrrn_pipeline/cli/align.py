@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
@@ -14,7 +14,7 @@ import typer
 from nrrn_pipeline import api, storage
 from nrrn_pipeline.align_plan import AlignPlan
 from nrrn_pipeline.aligning import planned
-from nrrn_pipeline.cli.options import BOX, LAYOUT, WHERE, Source, parse_box, takes_options
+from nrrn_pipeline.cli.options import LAYOUT, WHERE, Source, names_a_part_alone, takes_options
 from nrrn_pipeline.cli.terminal import Watch, counted_on, drift_text, notes, out, print_rows, progress_bar
 from nrrn_pipeline.cost import by_text, counted
 from nrrn_pipeline.drift import Drift
@@ -29,7 +29,7 @@ from nrrn_pipeline.volume_drift import measure_volume_drift
 MOST_NAMED = 20  # slices
 
 
-@takes_options((WHERE - {"device"}) | LAYOUT | {"overwrite", "pyramid", "level"})
+@takes_options((WHERE - {"device"}) | LAYOUT | {"overwrite", "pyramid", "level", "roi"})
 def align(
     source: Source,
     options: Options,
@@ -39,7 +39,6 @@ def align(
     undo_trend: Annotated[
         bool, typer.Option("--undo-trend", help="Undo slow drift too: structure that slants is straightened with it.")
     ] = False,
-    roi: Annotated[str | None, typer.Option(metavar=BOX, help="This part only.")] = None,
     plot: Annotated[str | None, typer.Option(metavar="FILE.png", help="The drift, drawn.")] = None,
     table: Annotated[
         str | None, typer.Option("--out", metavar="FILE", help="The drift of each slice, as .csv or .json.")
@@ -54,9 +53,8 @@ def align(
     Example: nrrn align raw.zarr aligned.zarr --plot drift.png
     """
     report = _Report(plot, table, undo_trend)
-    options = replace(options, roi=parse_box("roi", roi))
     if output is None:
-        if options != Options(level=options.level, roi=options.roi):
+        if not names_a_part_alone(options):
             raise InputError(
                 "without DST drift is only measured, by this process: give a DST, or --level and --roi at most"
             )

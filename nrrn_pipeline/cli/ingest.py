@@ -13,6 +13,7 @@ from nrrn_pipeline.cli.options import (
     Json,
     Made,
     Source,
+    names_a_part_alone,
     parse_numbers,
     takes_options,
 )
@@ -118,7 +119,7 @@ def export(
             summary = export_zarr(source, output, options, Watch(bar))
         _print_copied(summary, as_json)
         return
-    if options != Options(level=options.level, roi=options.roi):
+    if not names_a_part_alone(options):
         raise InputError(f"{output} is written by this process alone: give --level and --roi at most, or write a .zarr")
     with progress_bar("nothing is left of the file") as bar:
         write_file(source, output, options.level, options.roi, counted_on(bar, "exporting"))

@@ -181,6 +181,11 @@ def parse_options(  # one parameter an option: that is how a command line is dec
     )
 
 
+def names_a_part_alone(options: Options) -> bool:
+    """Whether no word was given that is of a run: only which part of which level."""
+    return options == Options(level=options.level, roi=options.roi)
+
+
 WORDS = frozenset(signature(parse_options).parameters)
 LAYOUT = frozenset({"slab", "chunk", "shard"})  # of the output
 WHERE = frozenset({"cluster", "keys", "workers", "prefetch", "device"})  # a run is carried out
