@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import zarr
 from numpy.typing import NDArray
 
 from nrrn_pipeline.network import NRRN, save_weights
+from nrrn_pipeline.slabs import CopyPlan, Slab
 
 LEAD = {3: (), 4: ("c",), 5: ("t", "c")}  # axes before z, y, x, by the number of dimensions
 
@@ -50,6 +52,21 @@ class Passing:
 
     def __call__(self, stack: NDArray[Any]) -> NDArray[Any]:
         return stack[1:-1]
+
+
+def breaks_off(monkeypatch: pytest.MonkeyPatch, plan: type[CopyPlan], at: int) -> list[int]:
+    """Runs of such plans are interrupted at their `at`-th slab; how many were begun, as the only element."""
+    real: Callable[[Any, Slab], NDArray[Any]] = plan.voxels
+    begun = [0]
+
+    def voxels(made: Any, slab: Slab) -> NDArray[Any]:
+        begun[0] += 1
+        if begun[0] == at:
+            raise KeyboardInterrupt
+        return real(made, slab)
+
+    monkeypatch.setattr(plan, "voxels", voxels)
+    return begun
 
 
 def bare_zarr(path: Path, voxels: NDArray[Any], chunks: tuple[int, ...] = (4, 32, 32), **options: Any) -> Path:

@@ -38,7 +38,7 @@ from nrrn_pipeline.slabs import CHUNK
 from nrrn_pipeline.volume import Volume, count_levels
 from tests.commands import Nrrn
 from tests.servers import ObjectStore
-from tests.support import bare_zarr, image_like, ome_image
+from tests.support import bare_zarr, breaks_off, image_like, ome_image
 
 NM = (8.0, 4.5, 5.0)
 SMALL = Options(layout=Layout(chunk=(4, 8, 8), shard=(8, 16, 16)), cluster="serial")
@@ -151,15 +151,7 @@ def test_levels_are_made_where_there_are_some_or_they_are_asked_for(tmp_path: Pa
 def test_broken_off_it_goes_on_and_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = volume_of(tmp_path, pyramid=True)
     whole = export_zarr(source, tmp_path / "whole.zarr", OLD)
-    real, count = ExportPlan.voxels, [0]
-
-    def broken(plan: ExportPlan, slab: Any) -> NDArray[Any]:
-        count[0] += 1
-        if count[0] == 7:
-            raise KeyboardInterrupt
-        return real(plan, slab)
-
-    monkeypatch.setattr(ExportPlan, "voxels", broken)
+    breaks_off(monkeypatch, ExportPlan, at=7)
     with pytest.raises(KeyboardInterrupt):
         export_zarr(source, tmp_path / "old.zarr", OLD)
     summary = export_zarr(source, tmp_path / "old.zarr", OLD)

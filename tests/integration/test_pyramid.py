@@ -43,7 +43,7 @@ from nrrn_pipeline.pyramid import PyramidPlan, plan_pyramid
 from nrrn_pipeline.volume import Volume, count_levels, open_volume
 from tests.commands import Nrrn
 from tests.servers import ObjectStore
-from tests.support import bare_zarr, image_like, tiny_weights
+from tests.support import bare_zarr, breaks_off, image_like, tiny_weights
 
 SMALL = Options(layout=Layout(chunk=(4, 8, 8), shard=(8, 16, 16)), cluster="serial")
 VOXELS = image_like((21, 50, 71))
@@ -179,15 +179,7 @@ def test_denoising_makes_levels_when_asked(tmp_path: Path, nrrn: Nrrn) -> None:
 
 def test_broken_off_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nrrn: Nrrn) -> None:
     path = volume_of(tmp_path)
-    real, count = PyramidPlan.voxels, [0]
-
-    def broken(plan: PyramidPlan, slab: Any) -> NDArray[Any]:
-        count[0] += 1
-        if count[0] == 7:
-            raise KeyboardInterrupt
-        return real(plan, slab)
-
-    monkeypatch.setattr(PyramidPlan, "voxels", broken)
+    count = breaks_off(monkeypatch, PyramidPlan, at=7)
     with pytest.raises(KeyboardInterrupt):
         add_levels(path, SMALL)
     assert len(open_levels(path)) == 1, "a level that is not whole is not shown"
@@ -337,15 +329,7 @@ def test_what_cannot_have_levels_is_refused(tmp_path: Path, nrrn: Nrrn) -> None:
 
 def test_levels_are_added_to_what_is_complete_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.save(tmp_path / "a.npy", VOXELS)
-    real, count = IngestPlan.voxels, [0]
-
-    def broken(plan: IngestPlan, slab: Any) -> NDArray[Any]:
-        count[0] += 1
-        if count[0] == 3:
-            raise KeyboardInterrupt
-        return real(plan, slab)
-
-    monkeypatch.setattr(IngestPlan, "voxels", broken)
+    breaks_off(monkeypatch, IngestPlan, at=3)
     with pytest.raises(KeyboardInterrupt):
         ingest(tmp_path / "a.npy", tmp_path / "a.zarr", Intake(voxel_nm=(5, 5, 5)), SMALL)
     with pytest.raises(InputError, match="is unfinished: levels are added to what is complete"):
