@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from scipy import fft
 from scipy.linalg import solveh_banded
 from scipy.ndimage import median_filter
-from scipy.signal import savgol_filter
 
 LEAST_SIDE = 32  # voxels; in less there is too little to compare
 FINEST = 0.1  # cycles per voxel; by then weights have fallen to 1/e
@@ -84,6 +83,8 @@ class Drift:
     @cached_property
     def trend(self) -> Floats:
         """(n, 2) slow drift: a line fitted to TREND slices around each one, without jumps."""
+        from scipy.signal import savgol_filter  # slow to import, for none but this
+
         count = len(self.position)
         window = min(TREND, count - 1 + count % 2)
         if window < 3:

@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, gaussian_filter1d, median_filter
-from skimage.restoration import denoise_nl_means, estimate_sigma
 
 from nrrn_pipeline.errors import InputError
 
@@ -72,6 +71,8 @@ def _median(image: Image, _noise: float, strength: float) -> Image:
 
 
 def _non_local_means(image: Image, noise: float, strength: float) -> Image:
+    from skimage.restoration import denoise_nl_means  # slow to import, for none but this
+
     estimate: Image = denoise_nl_means(image, PATCH, DISTANCE, h=strength, sigma=noise)
     return estimate.reshape(image.shape)  # it drops axes of one pixel
 
@@ -291,6 +292,8 @@ def noise_sigma(slices: NDArray[Any]) -> float:
     From the finest diagonal wavelet coefficients (Donoho & Johnstone 1994), which take the noise for white. Raises
     InputError if no slice has noise, or PyWavelets is missing.
     """
+    from skimage.restoration import estimate_sigma  # likewise
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of a slice without detail: no estimate, none counted
         try:

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import poisson
 
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Span, cells_of
@@ -98,6 +97,8 @@ def poisson_counts(rates: Floats, uniform: Floats) -> Floats:
 
     By sequential search (Devroye 1986, X.3.3), which at rates of tens is 20 times as fast as scipy's poisson.ppf.
     """
+    from scipy.stats import poisson  # slow to import, for none but this
+
     found = np.empty(rates.shape)
     few = rates <= MOST_SEARCHED
     found[few] = _searched(rates[few], uniform[few])

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter
 from scipy.optimize import least_squares
 from scipy.special import ndtr
-from scipy.stats import poisson
 
 from nrrn_pipeline.errors import InputError
 
@@ -67,6 +66,8 @@ class NoiseModel:
         if not self.cut:
             return signal, self.sigma(signal)
         if self.counts:
+            from scipy.stats import poisson  # slow to import, for none but this
+
             most = self.counts_at_white
             counts = np.arange(most + 1)
             chances = poisson.pmf(counts, np.maximum(signal, 0)[:, None] / self.gain)
