@@ -37,8 +37,8 @@ def use_without_torchvision() -> None:
         sys.modules |= dict(zip(names, (package, stand_in, stand_in.functional), strict=True))
 
 
-def checkpoint_of(weights: str, folder: Path) -> tuple[Path, int, int]:
-    """The same weights as vEMden names them, with the sizes in the file's name, where it looks for them."""
+def renamed(weights: str) -> tuple[dict[str, torch.Tensor], int, int]:
+    """The same weights as vEMden names them, and their units and channels."""
     ours = load_file(weights)
     units = 1 + max(int(name.split(".")[1]) for name in ours if name.startswith("units."))
     channels = ours["first.weight"].shape[0]
@@ -51,9 +51,7 @@ def checkpoint_of(weights: str, folder: Path) -> tuple[Path, int, int]:
                 parts = ours[f"units.{unit}.{layer}.{end}"].split(channels)
                 for gate, part in zip(GATES, parts, strict=True):
                     theirs[f"nrrn.BU.{unit}.{gate}_{letter}.{end}"] = part
-    path = folder / f"Denoising_NRRN_nBlocks={units}_nMaps={channels}_Date=2026.pt"
-    torch.save(theirs, path)
-    return path, units, channels
+    return theirs, units, channels
 
 
 def main(source: str, output: str, weights: str) -> None:
@@ -67,7 +65,9 @@ def main(source: str, output: str, weights: str) -> None:
         (folder / "in").mkdir()
         for z, plane in enumerate(noisy[:]):
             Image.fromarray(plane).save(folder / "in" / f"{z:06}.png", compress_level=1)
-        path, units, channels = checkpoint_of(weights, folder)
+        theirs, units, channels = renamed(weights)
+        path = folder / f"Denoising_NRRN_nBlocks={units}_nMaps={channels}_Date=2026.pt"  # it reads sizes from there
+        torch.save(theirs, path)
         keep = CROP - 2 * (units + 5)  # a border of units + 5 voxels is its own choice
         crops = int(np.prod([-(-(length - CROP) // keep) + 1 for length in noisy.shape[1:]]))
         words = {"nBlocks": units, "nFeaturesMaps": channels, "cropSize": CROP, "nThreads": 0}
