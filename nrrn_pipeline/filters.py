@@ -292,7 +292,7 @@ def noise_sigma(slices: NDArray[Any]) -> float:
     From the finest diagonal wavelet coefficients (Donoho & Johnstone 1994), which take the noise for white. Raises
     InputError if no slice has noise, or PyWavelets is missing.
     """
-    from skimage.restoration import estimate_sigma  # likewise
+    from skimage.restoration import estimate_sigma  # slow to import, for none but this
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of a slice without detail: no estimate, none counted

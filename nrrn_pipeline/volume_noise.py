@@ -31,8 +31,8 @@ class VolumeNoise:
     curve: by signal. sigma: of each slice from `first_z` on, in grey levels, 0 where there is none to be measured, as
     in a blank one. outliers: slices (z) whose noise is not what slices around have. shared: correlation of the noise of
     voxels beside each other along y and x, median over slices (noise_details.neighbour_noise). likeness: mean
-    correlation of successive slices, 1 if they are equal. drift: of the slices' middles; None if it
-    was not asked for, or these are too small.
+    correlation of successive slices, 1 if they are equal. drift: of the slices' middles; None if it was not asked for,
+    or these are too small.
     """
 
     curve: NoiseCurve

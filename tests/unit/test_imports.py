@@ -48,6 +48,12 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "set()", done.stderr
 
 
+def test_what_every_command_and_worker_loads_waits_for_nothing_slow_that_few_need() -> None:
+    slow = {"matplotlib", "scipy.signal", "scipy.stats", "skimage"}
+    done = run_without((), f"import nrrn_pipeline.api, sys; print({slow} & set(sys.modules))")
+    assert done.stdout.strip() == "set()", done.stderr
+
+
 def test_the_public_names_are_these() -> None:
     assert nrrn_pipeline.__all__ == [
         "Box",
