@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
+from uuid import uuid4
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.checking import GROWTH_BROKE_OFF, Status, check, status
@@ -23,6 +24,7 @@ from nrrn_pipeline.cost import (
 from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.geometry import Box
+from nrrn_pipeline.keeping import Keeping, drop_shelf
 from nrrn_pipeline.lease import wait_for_end
 from nrrn_pipeline.ledger import Ledger
 from nrrn_pipeline.network import (
@@ -133,7 +135,9 @@ def forecast_of(made: DenoisePlan, options: Options) -> Forecast:
     """What a plan will take with these options; runs one tile for a few seconds."""
     workers = _workers([made], options)
     network = _in_slot(made, options.device if options.here else "auto")
-    cost = cost_of(made, options.slabs_each, measured=known_statistics(made) is not None)
+    keeping = _keeping(made, options)
+    keep_bytes = keeping.most_bytes(workers) if options.here else keeping.asked_bytes
+    cost = cost_of(made, options.slabs_each, known_statistics(made) is not None, workers, keep_bytes)
     return Forecast(made, cost, workers, seconds_to_run(made, network, workers))
 
 
@@ -193,19 +197,28 @@ def _carry_out(
     made: Plan, options: Options, runner: Runner, watch: RunWatch, again: frozenset[str] = frozenset()
 ) -> Summary:
     started, resumed, done, voxels, peak, profile = perf_counter(), None, 0, 0, 0, Profile(made.stage)
+    keeping = _keeping(made, options)
     if options.share is None:
-        run = run_plan(made, runner, options.device, options.overwrite, again)
+        run = run_plan(made, runner, options.device, options.overwrite, again, keeping)
     else:
-        run = run_share(made, options.share, runner, options.device)
-    for progress in run:
-        watch.progressed(progress)
-        profile.add(progress, perf_counter() - started)
-        if progress.stage == made.stage:
-            voxels = progress.voxels
-            resumed = progress.done if resumed is None else resumed
-            if progress.record is not None:
-                done, peak = done + 1, max(peak, progress.record.peak_memory_bytes)
+        run = run_share(made, options.share, runner, options.device, keeping)
+    try:
+        for progress in run:
+            watch.progressed(progress)
+            profile.add(progress, perf_counter() - started)
+            if progress.stage == made.stage:
+                voxels = progress.voxels
+                resumed = progress.done if resumed is None else resumed
+                if progress.record is not None:
+                    done, peak = done + 1, max(peak, progress.record.peak_memory_bytes)
+    finally:
+        drop_shelf()  # this process's, if slabs were done here
     return Summary(made, len(made.slabs), resumed or 0, done, voxels, perf_counter() - started, peak, profile)
+
+
+def _keeping(made: Plan, options: Options) -> Keeping:
+    """For one run."""
+    return Keeping(uuid4().hex, int(options.keep_gb * 1e9), worker_bytes(made, options.slabs_each))
 
 
 def add_noise(

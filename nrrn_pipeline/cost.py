@@ -9,6 +9,7 @@ from typing import Any
 from nrrn_pipeline.denoisers import Weights, stack_bytes, working_bytes
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Shape, Span
+from nrrn_pipeline.keeping import fetched_by, kept_bytes
 from nrrn_pipeline.machine import cores, free_memory_bytes, threads_each
 from nrrn_pipeline.network import Network, seconds_per_pixel
 from nrrn_pipeline.noise import Noise
@@ -25,9 +26,10 @@ AT_ONCE = 10  # chunks that are decoded; zarr's async.concurrency
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a whole plan. Bytes are of voxels, uncompressed; fetched_bytes counts the whole chunks that hold them.
+    """Of a whole plan. Bytes are of voxels, uncompressed; fetched_bytes counts the whole chunks that storage gives.
 
-    flop is 0 where it is not known, as of filters.
+    worker_bytes: at a worker's peak, with kept_bytes of chunks of the source that it keeps, as long as its memory
+    carries them; with less, more is fetched. flop is 0 where it is not known, as of filters.
     """
 
     slabs: int
@@ -37,6 +39,7 @@ class Cost:
     written_bytes: int
     flop: float
     worker_bytes: int
+    kept_bytes: int
     read_amplification: float
     chunk_amplification: float
 
@@ -46,14 +49,15 @@ class Cost:
         return self.slabs + self.statistics_tasks
 
 
-def cost_of(plan: DenoisePlan, at_once: int = 1, measured: bool = False) -> Cost:
-    """What the plan will take with `at_once` slabs in flight in each worker; reads no voxels.
+def cost_of(plan: DenoisePlan, at_once: int = 1, measured: bool = False, workers: int = 1, keep_bytes: int = 0) -> Cost:
+    """What the plan will take with some workers that have `at_once` slabs in flight each; reads no voxels.
 
-    measured: the slices' mean and std are known.
+    measured: the slices' mean and std are known. keep_bytes: what each worker may keep of the source.
     """
     slabs, item = plan.slabs, plan.source.itemsize
     read = slabs.total(lambda cut, _: len(cut.read))
-    fetched = slabs.total(lambda cut, axis: _touched(plan.source, cut.read, axis))
+    fetched = fetched_by(plan.source, slabs, keep_bytes, workers)
+    kept = kept_bytes(plan.source, slabs, keep_bytes)
     whole, step = statistics_grid(plan.source, plan.statistics_z)
     tasks = prod(-(-len(span) // size) for span, size in zip(whole.spans, step, strict=True))
     pass_voxels, pass_fetched = 0, 0
@@ -69,7 +73,8 @@ def cost_of(plan: DenoisePlan, at_once: int = 1, measured: bool = False) -> Cost
         fetched_bytes=(fetched + pass_fetched) * item,
         written_bytes=plan.box.size * item,
         flop=flop * plan.box.size * _tile_overhead(plan),
-        worker_bytes=worker_bytes(plan, at_once),
+        worker_bytes=worker_bytes(plan, at_once) + kept,
+        kept_bytes=kept,
         read_amplification=read / plan.box.size,
         chunk_amplification=fetched / plan.box.size,
     )
@@ -87,7 +92,7 @@ def _touched(volume: Volume, span: Span, axis: int) -> int:
 
 
 def worker_bytes(plan: Plan, at_once: int = 1) -> int:
-    """Peak memory of one worker process that has `at_once` slabs in flight."""
+    """Peak memory of one worker process that has `at_once` slabs in flight, and keeps nothing for the next."""
     if isinstance(plan, DenoisePlan):
         return _denoising_bytes(plan, at_once)
     assert isinstance(plan, CopyPlan)

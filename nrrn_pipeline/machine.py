@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from functools import cache
@@ -30,6 +31,13 @@ def threads_each(workers: int) -> int:
 def free_memory_bytes() -> int:
     """Memory that is free, and within the limit of this process's control group."""
     return int(min(psutil.virtual_memory().available, distributed.system.MEMORY_LIMIT))
+
+
+def memory_share_bytes() -> int:
+    """This process's part of that: as large as its part of the cores, if it was started beside others to share them."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    part = min(1.0, int(threads) / cores()) if threads.isdecimal() else 1.0
+    return int(part * free_memory_bytes())
 
 
 def peak_memory_bytes() -> int:

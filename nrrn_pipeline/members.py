@@ -3,8 +3,8 @@
     DST/0/nrrn/members/OWNER.json     a sign of life of each
     DST/0/nrrn/claims/KEY.json        who is at work on a piece of it
 
-Each takes every Nth piece of the work, then what others have left. A piece is claimed by a conditional write before it
-is begun, and claimed anew if its owner is gone: then two may work on it, and both write the same bytes.
+Each takes one of N parts of the work, of neighbours, then what others have left. A piece is claimed by a conditional
+write before it is begun, and claimed anew if its owner is gone: then two may work on it, and both write the same bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ AT_ONCE = 8  # others' pieces, before it is looked again who has claimed what
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of the work is begun with: every `of`-th piece, from piece `number` on."""
+    """Which part of the work is begun with: of `of` parts of neighbouring pieces, the one with this number."""
 
     number: int
     of: int
@@ -40,6 +40,11 @@ class Share:
 
     def __str__(self) -> str:
         return f"{self.number}/{self.of}"
+
+    def part(self, pieces: Sequence[str], turn: int = 0) -> Sequence[str]:
+        """Its own, or that of so many turns further on."""
+        number = (self.number + turn) % self.of
+        return pieces[len(pieces) * number // self.of : len(pieces) * (number + 1) // self.of]
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -141,11 +146,11 @@ class Member:
     def claimed(self, pieces: Sequence[str], left: set[str]) -> Iterator[str]:
         """Some of the pieces that are `left`, each claimed when it is asked for.
 
-        All own ones that nobody has claimed, every `of`-th of `pieces`; else a few of others', those that they would
+        All of its own part of `pieces` that nobody has claimed; else a few of others', those that they would
         come to last; else those that somebody had claimed who is gone. None: all are in others' hands.
         """
         claims = {name.removesuffix(".json") for name in storage.list_sizes(f"{self.ledger_url}/claims")}
-        own = [key for key in pieces[self.share.number :: self.share.of] if key in left]
+        own = [key for key in self.share.part(pieces) if key in left]
         others = [key for key in self._of_others(pieces) if key in left]
         free = [[key for key in keys if key not in claims] for keys in (own, others)]
         for key in free[0] or free[1][:AT_ONCE] or [*own[:AT_ONCE], *others[:AT_ONCE]]:
@@ -156,7 +161,7 @@ class Member:
     def _of_others(self, pieces: Sequence[str]) -> Iterator[str]:
         """Their pieces from the end, the next member's before the one's after."""
         for turn in range(1, self.share.of):
-            yield from reversed(pieces[(self.share.number + turn) % self.share.of :: self.share.of])
+            yield from reversed(self.share.part(pieces, turn))
 
     def _is_held(self, url: str) -> bool:
         """Whether the process that claimed it may be alive."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 
 from nrrn_pipeline.cluster import AddressSettings, ClusterSettings, LocalSettings, load_settings
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box
+from nrrn_pipeline.keeping import KEEP_GB
 from nrrn_pipeline.members import Share
 from nrrn_pipeline.network import refuse_unknown_device
 from nrrn_pipeline.planning import Method
@@ -22,9 +24,10 @@ class Options:
     tiles are stitched. device: "auto", "cpu" or "cuda". cluster: "local", "serial", a Dask scheduler's address, or
     settings of a cluster, also as the name of a TOML file with them; keys: the folder with the certificates for an
     address. workers: processes of a local cluster; None: as many as cores and memory carry. prefetch: each of them
-    reads the next slab, and writes the last, while one computes. overwrite: delete an output that exists. pyramid: make
-    levels of lower resolution too, for viewers. share: this process is one of several that share the work without a
-    Dask cluster, each called alike but for the number of its share.
+    reads the next slab, and writes the last, while one computes. keep_gb: each of them keeps so much of the source, if
+    its memory carries that, as its next slabs read the same chunks; 0: nothing. overwrite: delete an output that
+    exists. pyramid: make levels of lower resolution too, for viewers. share: this process is one of several that share
+    the work without a Dask cluster, each called alike but for the number of its share.
     """
 
     level: int = 0
@@ -36,6 +39,7 @@ class Options:
     keys: str | None = None
     workers: int | None = None
     prefetch: bool = True
+    keep_gb: float = KEEP_GB
     overwrite: bool = False
     pyramid: bool = False
     share: Share | None = None
@@ -46,6 +50,8 @@ class Options:
         refuse_unknown_device(self.device)
         if self.workers is not None and self.workers < 1:
             raise InputError(f"workers {self.workers} is not possible: use 1 or more")
+        if not 0 <= self.keep_gb < inf:
+            raise InputError(f"keep {self.keep_gb:g} GB is not possible: use 0, which keeps nothing, or more")
         settings = _settings_of(self.cluster, self.keys, self.workers)
         if self.share is not None:
             if not isinstance(settings, LocalSettings | None) or self.workers is not None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Generator, Iterable, Iterator
+from array import array
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, overload
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.errors import GO_ON, InputError, RunError
 from nrrn_pipeline.geometry import Box, boxes_of
+from nrrn_pipeline.keeping import Keeping
 from nrrn_pipeline.lease import Lease, wait_for_end
 from nrrn_pipeline.ledger import Ledger, Record, box_key
 from nrrn_pipeline.planning import DenoisePlan
@@ -34,12 +37,13 @@ def run_plan(
     device: str = "auto",
     overwrite: bool = False,
     again: frozenset[str] = frozenset(),
+    keeping: Keeping | None = None,
 ) -> Iterator[Progress]:
     """Carry out a plan, or what is left of it, yielding its progress; when it ends, the output is complete.
 
     `overwrite` deletes an output that exists, but not an unfinished one with the same settings: that is resumed, so
     that a job which is started again by the same command always gets further. `again`: slabs to do though they are
-    recorded.
+    recorded. `keeping`: workers keep the chunks that their next slabs read too.
 
     Raises InputError if the output exists and was made otherwise (unless `overwrite`), another driver is at work on it,
     or the source holds NaN; nothing is written then. Raises SlabsFailedError if slabs failed on every attempt,
@@ -62,7 +66,7 @@ def run_plan(
         create_output(plan)
         _forget(plan, again)
         try:
-            yield from _slabs(plan, runner, lease, *work_of(plan, statistics, device))
+            yield from _slabs(plan, runner, lease, *work_of(plan, statistics, device, keeping))
         except InputError as error:  # of a worker: weights, device or output are not the planned ones there
             raise RunError(f"{error}. Mend this; {GO_ON}") from error
         lease.check()
@@ -201,7 +205,7 @@ Task = SlabTask | CopyTask
 
 
 def work_of(
-    plan: Plan, statistics: SliceStatistics | None, device: str
+    plan: Plan, statistics: SliceStatistics | None, device: str, keeping: Keeping | None
 ) -> tuple[Callable[[Any], Record], Callable[[Slab], Task]]:
     """What workers do of a plan, and what they are sent for each slab. `statistics`: the source's, to denoise it."""
     if isinstance(plan, CopyPlan):
@@ -209,7 +213,7 @@ def work_of(
     assert isinstance(plan, DenoisePlan)
     assert statistics is not None
     used = used_statistics(plan, statistics)
-    return partial(denoise_slab, plan, device), lambda slab: SlabTask(slab, used.of(slab.read.z))
+    return partial(denoise_slab, plan, device, keeping=keeping), lambda slab: SlabTask(slab, used.of(slab.read.z))
 
 
 def _slabs(
@@ -223,7 +227,10 @@ def _slabs(
     failed_before = ledger.failed()
     for key in failed_before & recorded:  # its driver was killed before it could
         ledger.clear_failure(key)
-    tasks = (task_for(slab) for slab in slabs if slab.key not in recorded)
+    left: Sequence[int] = range(len(slabs))
+    if recorded:
+        left = array("L", (number for number, slab in enumerate(slabs) if slab.key not in recorded))
+    tasks = _Tasks(slabs, left, task_for)
     tally = Tally(plan.stage, len(slabs), sum(slab.key in recorded for slab in slabs) if recorded else 0)
     yield tally.progress()
     for outcome in runner(work, tasks):
@@ -239,6 +246,29 @@ def _slabs(
             yield tally.progress(outcome.result)
     tally.refuse_failures()
     refuse_incomplete(plan)
+
+
+@dataclass(frozen=True)
+class _Tasks(Sequence[Task]):
+    """What workers are sent for some slabs, by number; each made when it is asked for."""
+
+    slabs: Sequence[Slab]
+    numbers: Sequence[int]
+    task_for: Callable[[Slab], Task]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, place: int) -> Task: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Task]: ...
+
+    def __getitem__(self, place: int | slice) -> Task | Sequence[Task]:
+        if isinstance(place, slice):
+            return _Tasks(self.slabs, self.numbers[place], self.task_for)
+        return self.task_for(self.slabs[self.numbers[place]])
 
 
 def forget_torn(plan: Plan) -> Generator[Progress, None, set[str]]:

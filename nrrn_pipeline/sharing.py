@@ -11,6 +11,7 @@ from typing import Any
 from nrrn_pipeline import presence, storage
 from nrrn_pipeline.errors import GO_ON, InputError, RunError, SlabsFailedError
 from nrrn_pipeline.geometry import Box, Span
+from nrrn_pipeline.keeping import Keeping
 from nrrn_pipeline.ledger import Ledger, Record, box_key
 from nrrn_pipeline.members import Member, Share
 from nrrn_pipeline.planning import DenoisePlan
@@ -35,8 +36,12 @@ from nrrn_pipeline.statistics_pass import covers, known_statistics, measured, re
 MERGING = "statistics"  # the claim of who merges what all have measured
 
 
-def run_share(plan: Plan, share: Share, runner: Runner, device: str = "auto") -> Iterator[Progress]:
+def run_share(
+    plan: Plan, share: Share, runner: Runner, device: str = "auto", keeping: Keeping | None = None
+) -> Iterator[Progress]:
     """Do a share of the plan, and what other processes leave, until all is done; yields this process's progress.
+
+    `keeping`: as in run_plan.
 
     Raises InputError if the output exists and was made otherwise, or a driver is at work on it; nothing is written
     then. Raises SlabsFailedError if slabs failed wherever they were tried, RunError if storage refuses, the source
@@ -54,7 +59,7 @@ def run_share(plan: Plan, share: Share, runner: Runner, device: str = "auto") ->
             if isinstance(plan, DenoisePlan):
                 statistics = yield from _statistics(plan, runner, member)
             create_output(plan)
-            yield from _slabs(plan, runner, member, *work_of(plan, statistics, device))
+            yield from _slabs(plan, runner, member, *work_of(plan, statistics, device, keeping))
         except InputError as error:  # the output is begun by now
             raise RunError(f"{error}. Mend this; {GO_ON}") from error
         finish_output(plan)

@@ -21,6 +21,7 @@ from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.filters import Filter
 from nrrn_pipeline.geometry import Box, Cut, Span
+from nrrn_pipeline.keeping import Keeping, shelf_of
 from nrrn_pipeline.ledger import Record
 from nrrn_pipeline.network import Network, bytes_hash, choose_device, fastest_in_slot, in_slot, parse_weights
 from nrrn_pipeline.noise import Noise
@@ -56,8 +57,10 @@ class SlabTask:
         return f"slab {self.slab.key}"
 
 
-def denoise_slab(plan: DenoisePlan, device: str, task: SlabTask) -> Record:
+def denoise_slab(plan: DenoisePlan, device: str, task: SlabTask, keeping: Keeping | None = None) -> Record:
     """Denoise one slab from storage to storage, then record it; safe to do twice, anywhere, in any order.
+
+    keeping: chunks that were read are kept for the slabs that come next.
 
     Raises InputError if the weights, the device or the output are not the planned ones, RunError if the network gives
     numbers that are not finite, and whatever storage raises.
@@ -69,7 +72,7 @@ def denoise_slab(plan: DenoisePlan, device: str, task: SlabTask) -> Record:
         with watch.during("prepare"):
             denoised = plan.denoiser.added(noisy, slab.keep)
     else:
-        denoised, arithmetic = _denoised(plan, device, task, watch)
+        denoised, arithmetic = _denoised(plan, device, task, watch, keeping)
     return store_slab(plan, slab, denoised, watch, arithmetic)
 
 
@@ -96,12 +99,17 @@ def part_slabs(plan: DenoisePlan, part: Box) -> Slabs:
     return Slabs([Cut(keep, keep.grown(1, plan.source.box.z)) for keep in keeps], *of_yx)
 
 
-def _denoised(plan: DenoisePlan, device: str, task: SlabTask, watch: Stopwatch) -> tuple[NDArray[Any], str]:
+def _denoised(
+    plan: DenoisePlan, device: str, task: SlabTask, watch: Stopwatch, keeping: Keeping | None = None
+) -> tuple[NDArray[Any], str]:
     """The denoised voxels of a slab, or what of them is wanted, and the precision; one slab computes at a time."""
     with watch.during("load"):
         network, arithmetic = load_network(plan, device)
     with watch.during("decode"):
-        noisy = read_box(plan.source, task.slab.read)
+        if keeping is None:
+            noisy = read_box(plan.source, task.slab.read)
+        else:
+            noisy = shelf_of(plan.source, plan.slabs, keeping).read(task.slab)
     with watch.during("wait"):
         computing.acquire()
     try:

@@ -100,11 +100,13 @@ def plan(
         "method": method,
         "slabs": f"{cost.slabs} of {by_text(made.slab)}, tile {made.tile}, halo {made.halo}",
         "tasks": f"{cost.tasks}: {cost.statistics_tasks} for statistics, {cost.slabs} to denoise",
-        "reads": f"{bytes_text(cost.read_bytes)}; {bytes_text(cost.fetched_bytes)} in whole chunks of the source",
+        "reads": f"{bytes_text(cost.read_bytes)}; {bytes_text(cost.fetched_bytes)} in whole chunks of the source, "
+        f"by {counted(forecast.workers, 'worker')}",
         "read amplification": f"{cost.read_amplification:.2f}; {cost.chunk_amplification:.2f} in whole chunks",
         "writes": f"{bytes_text(cost.written_bytes)} before compression",
         "arithmetic": f"{cost.flop / 1e12:.3g} TFLOP" if cost.flop else "unknown",
-        "memory": f"{bytes_text(cost.worker_bytes)} a worker at its peak",
+        "memory": f"{bytes_text(cost.worker_bytes)} a worker at its peak"
+        + (f", {bytes_text(cost.kept_bytes)} of it chunks of the source that it keeps" if cost.kept_bytes else ""),
         "time": f"{duration_text(forecast.seconds)} of the network with {counted(forecast.workers, 'worker')}, "
         "from one timed tile",
     }

@@ -43,7 +43,9 @@ PANELS = {  # of help: the options that go together, by their parameters' names
     "Method": {"images", "stats", "method", "stitch", "precision"},
     "Layout of DST, and of the work": {"tile", "halo", "slab", "chunk", "shard"},
     "Volumes that still grow": {"follow", "every", "settle"},
-    "Where and how it runs": {"cluster", "keys", "workers", "prefetch", "device", "shard_of", "storage_options"},
+    "Where and how it runs": {
+        *("cluster", "keys", "workers", "prefetch", "keep", "device", "shard_of", "storage_options"),
+    },
 }
 
 

@@ -15,6 +15,7 @@ from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.filters import FILTERS
 from nrrn_pipeline.following import Following
 from nrrn_pipeline.geometry import Box, Shape
+from nrrn_pipeline.keeping import KEEP_GB
 from nrrn_pipeline.members import Share
 from nrrn_pipeline.network import PRECISIONS
 from nrrn_pipeline.options import Options
@@ -84,6 +85,10 @@ Settle = Annotated[
 ]
 Keys = Annotated[str | None, typer.Option(help="Folder with the cluster's certificates, by nrrn cluster keys.")]
 Prefetch = Annotated[bool, typer.Option(help="Read the next slab, and write the last, while one computes.")]
+Keep = Annotated[
+    float,
+    typer.Option(metavar="GB", help="What a worker keeps of SRC, at most, as its next slabs read the same chunks."),
+]
 Json = Annotated[bool, typer.Option("--json", help="The result as one line of JSON, for scripts.")]
 Made = Annotated[str, typer.Argument(metavar="DST", help="A volume that nrrn wrote, or writes.")]
 StorageOptions = Annotated[
@@ -145,6 +150,7 @@ def parse_options(  # one parameter an option: that is how a command line is dec
     keys: Keys = None,
     workers: Workers = None,
     prefetch: Prefetch = True,
+    keep: Keep = KEEP_GB,
     tile: Tile = None,
     halo: Halo = None,
     slab: SlabSize = None,
@@ -175,6 +181,7 @@ def parse_options(  # one parameter an option: that is how a command line is dec
         keys=keys,
         workers=workers,
         prefetch=prefetch,
+        keep_gb=keep,
         overwrite=overwrite,
         pyramid=pyramid,
         share=None if shard_of is None else Share.parse(shard_of),

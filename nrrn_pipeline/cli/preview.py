@@ -14,7 +14,7 @@ from nrrn_pipeline.previewing import REGIONS, rows_of, write_preview
 from nrrn_pipeline.previewing import preview as make_preview
 
 
-@takes_options(WORDS - {"keys", "overwrite", "pyramid", "shard_of"})
+@takes_options(WORDS - {"keys", "keep", "overwrite", "pyramid", "shard_of"})
 def preview(
     source: Source,
     options: api.Options,

@@ -33,10 +33,10 @@ import nrrn_pipeline.slab as slab
 real = slab.denoise_slab
 
 
-def denoise_slab(plan, device, task):
+def denoise_slab(plan, device, task, keeping=None):
     pathlib.Path({folder!r}, f"{{task.slab.key}}@{{os.environ['SLURM_JOB_ID']}}@{{time.monotonic_ns()}}").touch()
     time.sleep({seconds})
-    return real(plan, device, task)
+    return real(plan, device, task, keeping)
 
 
 slab.denoise_slab = denoise_slab

@@ -31,12 +31,12 @@ import nrrn_pipeline.slab as slab
 real, folder = slab.denoise_slab, pathlib.Path({folder!r})
 
 
-def denoise_slab(plan, device, task):
+def denoise_slab(plan, device, task, keeping=None):
     names = ("SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "CUDA_VISIBLE_DEVICES")
     who = "@".join(os.environ.get(name, "0") for name in names)
     (folder / f"{{task.slab.key}}@{{who}}@{{time.monotonic_ns()}}").touch()
     time.sleep({seconds})
-    record = real(plan, device, task)
+    record = real(plan, device, task, keeping)
     (folder / f"ended@{{task.slab.key}}@{{time.monotonic_ns()}}").touch()
     return record
 

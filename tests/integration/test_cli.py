@@ -212,11 +212,13 @@ def test_plan_tells_what_a_run_will_take_and_writes_nothing(
     told = _table(said.out)
     assert told["slabs"].startswith("4 of 4 x 32 x 64, tile 40, halo ")
     assert re.fullmatch(r"\d+: \d+ for statistics, 4 to denoise", told["tasks"])
-    assert re.fullmatch(r"[\d.]+ KB; [\d.]+ KB in whole chunks of the source", told["reads"])
+    assert re.fullmatch(r"[\d.]+ KB; [\d.]+ KB in whole chunks of the source, by 1 worker", told["reads"])
     assert re.fullmatch(r"[\d.]+; [\d.]+ in whole chunks", told["read amplification"])
     assert told["writes"] == "32.77 KB before compression"
     assert re.fullmatch(r"[\d.e-]+ TFLOP", told["arithmetic"])
-    assert re.fullmatch(r"[\d.]+ MB a worker at its peak", told["memory"])
+    assert re.fullmatch(
+        r"[\d.]+ MB a worker at its peak, [\d.]+ KB of it chunks of the source that it keeps", told["memory"]
+    )
     assert re.fullmatch(r"\d+ seconds of the network with 1 worker, from one timed tile", told["time"])
     assert told["method"] == (
         "1 unit, 4 channels" if with_weights else "4 units, 64 channels: the paper's, as no --weights are given"

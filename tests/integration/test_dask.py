@@ -9,7 +9,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -105,7 +107,7 @@ def test_an_item_that_always_fails_is_set_aside_and_the_others_finish(runner: Ru
 @pytest.mark.parametrize(
     ("kind", "expected", "message"),
     [
-        ("input", InputError, "item 4 is bad input"),
+        ("input", InputError, "item 0 is bad input"),
         ("full", RunError, "No space left on device .*/full/disk"),
         ("denied", RunError, "Permission denied .*/denied"),
     ],
@@ -114,8 +116,8 @@ def test_what_no_retry_can_mend_ends_the_run_at_once(
     runner: Runner, kind: str, expected: type[Exception], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(expected, match=message):
-        list(runner(partial(attempt, tmp_path, {4: [kind]}), range(1000)))
-    assert tries(tmp_path)[4] == 1
+        list(runner(partial(attempt, tmp_path, {0: [kind]}), range(1000)))
+    assert tries(tmp_path)[0] == 1
     assert len(tries(tmp_path)) <= 5 + WORKERS
 
 
@@ -141,6 +143,40 @@ def test_no_more_than_the_window_is_in_flight(client: Client, tmp_path: Path, mo
     assert len(list(DaskRunner(client)(partial(attempt, tmp_path, table), range(30)))) == 30
     assert len(seen) == 30 + len(table)
     assert max(in_flight) == WORKERS
+
+
+def pid(item: int) -> int:
+    time.sleep(0.05)
+    return os.getpid()
+
+
+def test_a_worker_gets_neighbours_and_none_waits_for_another(client: Client) -> None:
+    outcomes = list(DaskRunner(client)(pid, range(40)))
+    by = [outcome.result for outcome in sorted(outcomes, key=lambda outcome: outcome.item)]
+    assert len(set(by)) == WORKERS
+    assert sum(one != other for one, other in pairwise(by)) < 8, "hardly ever is a neighbour another worker's"
+    assert 10 < by.count(by[0]) < 30
+
+
+@pytest.mark.parametrize(
+    ("gpus", "places"),
+    [
+        ([1, 2], {"w0": 2, "w1": 4}),
+        ([1, 0], {"": 2}),  # who is left would not do
+        ([0, 0], {"w0": 3, "w1": 3}),
+    ],
+)
+def test_places_are_two_a_gpu_and_of_all_alike_those_of_each(gpus: list[int], places: dict[str, int]) -> None:
+    workers = {
+        f"w{number}": {"nthreads": 3, "resources": {"GPU": count} if count else {}} for number, count in enumerate(gpus)
+    }
+    told = SimpleNamespace(scheduler_info=lambda n_workers: {"workers": workers})
+    runner = DaskRunner(told)
+    assert runner._places(runner._resources()) == places
+    held = Counter({name: count - 1 for name, count in places.items()})
+    assert sorted(runner._free(runner._resources(), held)) == sorted(places)
+    held["gone"] = len(places)
+    assert list(runner._free(runner._resources(), held)) == []
 
 
 def test_what_is_in_flight_is_cancelled_when_the_caller_stops(client: Client) -> None:

@@ -80,12 +80,12 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     tried, lock, real = Counter[str](), threading.Lock(), run.denoise_slab
     broken = [True]
 
-    def denoise_slab(plan: Any, device: str, task: Any) -> Any:
+    def denoise_slab(plan: Any, device: str, task: Any, keeping: Any) -> Any:
         with lock:
             tried[task.slab.key] += 1
         if task.slab.key.startswith("z0-y0-x0") and broken:
             raise ValueError("cannot be decoded")
-        return real(plan, device, task)
+        return real(plan, device, task, keeping)
 
     monkeypatch.setattr(run, "denoise_slab", denoise_slab)
     tried.mend = broken.clear  # type: ignore[attr-defined]

@@ -74,10 +74,10 @@ def noted() -> Iterator[Counter[str]]:
     """How often each slab is denoised; members look often what others do."""
     denoised, lock, leave, real = Counter[str](), threading.Lock(), Member.leave, run.denoise_slab
 
-    def denoise_slab(plan: Any, device: str, task: Any) -> Any:
+    def denoise_slab(plan: Any, device: str, task: Any, keeping: Any) -> Any:
         with lock:
             denoised[task.slab.key] += 1
-        return real(plan, device, task)
+        return real(plan, device, task, keeping)
 
     def leave_or_vanish(member: Member) -> None:
         if VANISHING.now:

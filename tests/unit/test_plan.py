@@ -20,6 +20,7 @@ from nrrn_pipeline.denoisers import Weights, stack_bytes, working_bytes
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.filters import Filter
 from nrrn_pipeline.geometry import Box, Shape, Span, box_of
+from nrrn_pipeline.keeping import KEEP_GB
 from nrrn_pipeline.network import flop_per_voxel
 from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.planning import TILE_BYTES, DenoisePlan, Method, plan_denoise, tile_for
@@ -354,9 +355,12 @@ def test_a_plan_of_any_size_is_as_small(layers: int) -> None:
 
 
 def test_the_default_plan_of_a_large_volume_reads_little_twice() -> None:
-    """Of voxels; of whole chunks, which storage gives, larger slabs do."""
+    """Of voxels, and of whole chunks, which storage gives, as workers keep what the next slabs read too."""
     weights, source = Weights("/w", "cafe", 4, 64), source_of((2000, 4000, 6000), (16, 256, 256), "uint8")
-    slabs = (None, (128, 2048, 2048))
-    costs = [cost_of(plan_denoise(source, "/out.zarr", weights, Layout(slab=slab))) for slab in slabs]
-    assert [cost.read_amplification < 1.09 for cost in costs] == [True, True]
-    assert [round(cost.chunk_amplification, 1) for cost in costs] == [5.5, 1.6]
+    plan = plan_denoise(source, "/out.zarr", weights)
+    costs = [cost_of(plan, 2, True, workers, int(KEEP_GB * 1e9)) for workers in (1, 2, 4, 32)]
+    assert costs[0].read_amplification < 1.09
+    assert [round(cost.chunk_amplification, 2) for cost in costs] == [1.0, 1.02, 1.07, 1.72]
+    assert round(cost_of(plan).chunk_amplification, 1) == 5.5, "if each slab read for itself"
+    slices = plan_denoise(source_of(source.shape, (1, 4000, 6000), "uint16"), "/out.zarr", weights)
+    assert [round(cost_of(slices, keep_bytes=keep).chunk_amplification) for keep in (0, int(KEEP_GB * 1e9))] == [99, 1]
