@@ -27,6 +27,7 @@ from nrrn_pipeline.geometry import Box
 from nrrn_pipeline.keeping import Keeping, drop_shelf
 from nrrn_pipeline.lease import wait_for_end
 from nrrn_pipeline.ledger import Ledger
+from nrrn_pipeline.machine import free_memory_bytes
 from nrrn_pipeline.network import (
     NRRN,
     Network,
@@ -135,9 +136,9 @@ def forecast_of(made: DenoisePlan, options: Options) -> Forecast:
     """What a plan will take with these options; runs one tile for a few seconds."""
     workers = _workers([made], options)
     network = _in_slot(made, options.device if options.here else "auto")
-    keeping = _keeping(made, options)
-    keep_bytes = keeping.most_bytes(workers) if options.here else keeping.asked_bytes
-    cost = cost_of(made, options.slabs_each, known_statistics(made) is not None, workers, keep_bytes)
+    keeping = _keeping(made, options, workers)
+    kept = keeping.most_bytes if keeping else 0
+    cost = cost_of(made, options.slabs_each, known_statistics(made) is not None, workers, kept)
     return Forecast(made, cost, workers, seconds_to_run(made, network, workers))
 
 
@@ -197,7 +198,8 @@ def _carry_out(
     made: Plan, options: Options, runner: Runner, watch: RunWatch, again: frozenset[str] = frozenset()
 ) -> Summary:
     started, resumed, done, voxels, peak, profile = perf_counter(), None, 0, 0, 0, Profile(made.stage)
-    keeping = _keeping(made, options)
+    there = len(runner.client.nthreads()) if isinstance(runner, DaskRunner) else 1
+    keeping = _keeping(made, options, there)
     if options.share is None:
         run = run_plan(made, runner, options.device, options.overwrite, again, keeping)
     else:
@@ -212,13 +214,22 @@ def _carry_out(
                 if progress.record is not None:
                     done, peak = done + 1, max(peak, progress.record.peak_memory_bytes)
     finally:
-        drop_shelf()  # this process's, if slabs were done here
+        if keeping:
+            drop_shelf(keeping.run)  # this process's, if slabs were done here
     return Summary(made, len(made.slabs), resumed or 0, done, voxels, perf_counter() - started, peak, profile)
 
 
-def _keeping(made: Plan, options: Options) -> Keeping:
-    """For one run."""
-    return Keeping(uuid4().hex, int(options.keep_gb * 1e9), worker_bytes(made, options.slabs_each))
+def _keeping(made: Plan, options: Options, workers: int) -> Keeping | None:
+    """For one run on so many workers: they keep what was asked for, or half of what memory leaves if that is known."""
+    if not options.keep_gb or not isinstance(made, DenoisePlan):
+        return None
+    settings, beside = options.cluster_settings, worker_bytes(made, options.slabs_each)
+    most_bytes, each = int(options.keep_gb * 1e9), settings.memory_bytes if settings else None
+    if options.here:
+        each = free_memory_bytes() // workers
+    if each is not None:
+        most_bytes = max(0, min(most_bytes, (each - beside) // 2))
+    return Keeping(uuid4().hex, most_bytes, beside)
 
 
 def add_noise(
@@ -248,7 +259,7 @@ def repair(
     """Denoise again exactly the slabs of an output that verify(deep=True) finds damaged; what was wrong, and a summary.
 
     Source and settings are those that the output was made with, and so are the weights unless given (they may have
-    moved). Of `options` only device, precision, cluster, keys, workers and prefetch count.
+    moved). Of `options` only device, precision, cluster, keys, workers, prefetch and keep_gb count.
 
     Raises InputError if there is no output of denoise, its source or weights are gone or changed, or its metadata are
     damaged.

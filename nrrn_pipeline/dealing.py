@@ -1,30 +1,46 @@
-"""Who of several workers gets which items of a sequence: each gets neighbours, in order, and nobody waits."""
+"""Items dealt to lanes: each lane gets neighbours, in order, and none is idle while there are any."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class Deal:
-    """Each worker has a part of the items' numbers; who has none left takes half of the largest part that is left.
+    """Each lane has a part of the items' numbers; one that has none left takes half of the largest part that is left.
 
-    Workers come and go: a newcomer takes half of a part likewise, and the part of one who is gone is others' to take.
+    A lane that comes later does so at once, and one that stops loses nothing: others take what it has left.
     """
 
-    def __init__(self, count: int, workers: Sequence[str]) -> None:
-        ends = [count * n // max(1, len(workers)) for n in range(max(1, len(workers)) + 1)]
-        self._parts = {who: range(*ends[n : n + 2]) for n, who in enumerate(workers or [""])}
+    def __init__(self, count: int, lanes: int) -> None:
+        ends = [count * lane // lanes for lane in range(lanes + 1)]
+        self._parts = {lane: range(*ends[lane : lane + 2]) for lane in range(lanes)}
 
-    def take(self, worker: str) -> int | None:
-        """The next number for a worker; None: all are taken."""
-        part = self._parts.get(worker) or self._half_of_the_largest()
-        self._parts[worker] = part[1:]
+    def take(self, lane: int) -> int | None:
+        """The next number for a lane; None: all are taken."""
+        part = self._parts.get(lane) or self._half_of_the_largest()
+        self._parts[lane] = part[1:]
         return part[0] if part else None
 
     def _half_of_the_largest(self) -> range:
-        """The later one: its worker goes on where it is."""
-        worker = max(self._parts, key=lambda who: len(self._parts[who]))
-        part = self._parts[worker]
-        middle = len(part) // 2
-        self._parts[worker] = part[:middle]
-        return part[middle:]
+        """The later one: its lane goes on where it is."""
+        lane = max(self._parts, key=lambda one: len(self._parts[one]))
+        part = self._parts[lane]
+        self._parts[lane] = part[: len(part) // 2]
+        return part[len(part) // 2 :]
+
+
+def dealt(items: Iterable[T], lanes: int) -> Callable[[int], tuple[T] | None]:
+    """What a lane gets next: of a sequence neighbours, else whatever comes; None: nothing is left."""
+    if not isinstance(items, Sequence):
+        stream = iter(items)
+        return lambda _: next(((item,) for item in stream), None)
+    deal = Deal(len(items), lanes)
+
+    def following(lane: int) -> tuple[T] | None:
+        number = deal.take(lane)
+        return None if number is None else (items[number],)
+
+    return following

@@ -1,15 +1,15 @@
 """Chunks that a worker has read, kept for the slabs that come next: neighbours read some of the same.
 
 A slab's halo is a few voxels, but storage gives whole chunks: if each slab reads for itself, a large volume in chunks
-of ours is read 5.5 times. A worker's slabs come in storage order, x fastest, so it is known which slab wants a chunk
-next: what is wanted along x takes a few chunks, along y a row of slabs, along z a layer of them.
+of ours is read 5.5 times. A worker's slabs mostly come in storage order, x fastest, so it is known which slab wants a
+chunk next: what is wanted along x takes a few chunks, along y a row of slabs, along z a layer of them.
 """
 
 from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import prod
@@ -20,33 +20,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nrrn_pipeline.geometry import Box, Cut, Span, cells_of, hull_of, spans_of
-from nrrn_pipeline.machine import free_memory_bytes, memory_share_bytes
+from nrrn_pipeline.machine import free_memory_bytes, memory_limit_bytes
 from nrrn_pipeline.slabs import Slab, Slabs
 from nrrn_pipeline.stopwatch import note
 from nrrn_pipeline.volume import Volume, read_box
 
 KEEP_GB = 3.2  # of a worker, at most: all that is wanted again of slices of 4000 x 6000 voxels of two bytes
 IDLE_S = 3600.0  # after which a worker that is given no more slabs lets go of them
-READ_SHARE = 4  # what is read at a time takes no more than this part of it
+READ_SHARE = 8  # what is read at a time takes no more than this part of what may be held
+FREE_SHARE = 4  # what is held grows by no more than this part of what is free, each time
+AGAIN = 8  # slabs: no further back lies one that is tried again, or that another thread reads
 
 Place = tuple[int, int, int]  # along z, y, x: of a chunk in the volume, or of a slab in the plan
 
 
 @dataclass(frozen=True)
 class Keeping:
-    """That a run's workers keep chunks. `run`: its name, as nothing outlives it; `beside_bytes`: what else they take.
+    """That a run's workers keep chunks, `most_bytes` each. `run`: its name, as nothing outlives it.
 
-    Each keeps at most what was `asked_bytes`, and half of what its share of the machine's free memory leaves.
+    beside_bytes: what else a worker takes, for those who do not know how much memory there is where it runs.
     """
 
     run: str
-    asked_bytes: int
-    beside_bytes: int
+    most_bytes: int
+    beside_bytes: int = 0
 
-    def most_bytes(self, workers: int | None = None) -> int:
-        """For this process, as it is now; or for each of so many workers that are to be started here."""
-        share = memory_share_bytes() if workers is None else free_memory_bytes() // workers
-        return max(0, min(self.asked_bytes, (share - self.beside_bytes) // 2))
+    def room(self, held_bytes: int) -> int:
+        """Bytes that this process may hold now, of which it holds some: it takes no more than a part of what is free.
+
+        So that several processes on one machine that know nothing of each other leave room for all.
+        """
+        within = max(0, memory_limit_bytes() - self.beside_bytes)
+        return min(self.most_bytes, within, held_bytes + free_memory_bytes() // FREE_SHARE)
 
 
 class Along:
@@ -91,23 +96,23 @@ def along_axes(source: Volume, slabs: Slabs) -> tuple[Along, Along, Along]:
 
 def axes_shared(source: Volume, slabs: Slabs, most_bytes: int) -> int:
     """Along how many axes, of x, y, z in this order, no chunk is read twice by a worker that keeps `most_bytes`."""
-    if _layer_bytes(source, slabs) * READ_SHARE > most_bytes:
+    if _layer_bytes(source, slabs, max) * READ_SHARE > most_bytes:
         return 0
     return bisect_right(_wanted_bytes(source, slabs), most_bytes)
 
 
 def kept_bytes(source: Volume, slabs: Slabs, most_bytes: int) -> int:
-    """Memory that a worker takes which keeps chunks: what it keeps, and what it reads at a time."""
-    if not axes_shared(source, slabs, most_bytes):
-        return 0
+    """Memory that a worker takes which keeps chunks, at most: what it keeps, and what it reads at a time, twice."""
+    if _layer_bytes(source, slabs, min) * READ_SHARE > most_bytes:
+        return 0  # no slab's chunks are small enough
     slab, *_, layer = _wanted_bytes(source, slabs)
-    return min(most_bytes, layer) + min(most_bytes // READ_SHARE, slab)
+    return min(most_bytes, layer) + 2 * min(most_bytes // READ_SHARE, slab)
 
 
-def _layer_bytes(source: Volume, slabs: Slabs) -> int:
-    """Of one layer of the chunks that a slab reads."""
+def _layer_bytes(source: Volume, slabs: Slabs, of: Callable[[list[int]], int]) -> int:
+    """Of one layer of the chunks that a slab reads, of the largest slab or the smallest."""
     _, *sides = along_axes(source, slabs)
-    return min(source.chunk[0], source.shape[0]) * prod(max(axis.touched) for axis in sides) * source.itemsize
+    return min(source.chunk[0], source.shape[0]) * prod(of(axis.touched) for axis in sides) * source.itemsize
 
 
 def _wanted_bytes(source: Volume, slabs: Slabs) -> list[int]:
@@ -123,7 +128,7 @@ def _wanted_bytes(source: Volume, slabs: Slabs) -> list[int]:
 
 
 def fetched_by(source: Volume, slabs: Slabs, most_bytes: int, workers: int = 1) -> int:
-    """Voxels that storage gives to workers that keep so much each, in whole chunks, each chunk as often as it comes.
+    """Voxels that storage gives to workers that keep so much each, in whole chunks, each as often as it comes: at most.
 
     Of several workers each has neighbouring slabs, as many as the others: where two meet, both read, at most what lies
     between two layers, two rows and two slabs.
@@ -147,12 +152,13 @@ class Shelf:
     Voxels are those of read_box, whatever was read before, in any order.
     """
 
-    def __init__(self, source: Volume, slabs: Slabs, most_bytes: int) -> None:
-        self.source, self.most_bytes = source, most_bytes
+    def __init__(self, source: Volume, slabs: Slabs, keeping: Keeping) -> None:
+        self.source, self.keeping = source, keeping
         self.axes = along_axes(source, slabs)
         self.held_bytes = 0
         self._kept: dict[Place, NDArray[Any]] = {}
         self._by_last_reader: list[tuple[Place, Place]] = []  # a heap of slabs and chunks
+        self._latest: Place = (0, 0, 0)  # slab
         self._reading = threading.Lock()
 
     def read(self, slab: Slab) -> NDArray[Any]:
@@ -160,37 +166,51 @@ class Shelf:
         waiting = perf_counter()
         with self._reading:
             note("wait", perf_counter() - waiting)
-            return self._read(slab)
+            found = self._read(slab)
+        return read_box(self.source, slab.read) if found is None else found
 
-    def _read(self, slab: Slab) -> NDArray[Any]:
+    def _read(self, slab: Slab) -> NDArray[Any] | None:
+        """None: its chunks are too large to be read with all that is in them."""
         now = self._place_of(slab)
+        if self._number(now) + AGAIN < self._number(self._latest):
+            self._clear()  # what is wanted after the latest is not wanted here
+        self._latest = now
         parts = {self._chunk_of(part): part for part in cells_of(slab.read, self.source.chunk)}
         lacking = {chunk: part for chunk, part in parts.items() if chunk not in self._kept}
-        bands = self._bands([self._whole(chunk) for chunk in lacking])
-        if bands is None:
-            return read_box(self.source, slab.read)
         voxels = np.empty(slab.read.shape, self.source.dtype)
         for chunk in parts.keys() - lacking.keys():
             voxels[parts[chunk].within(slab.read)] = self._kept[chunk][parts[chunk].within(self._whole(chunk))]
-        for band in bands:
+        while self._by_last_reader and self._by_last_reader[0][0] <= now:
+            self._drop(heappop(self._by_last_reader)[1])
+        room = self.keeping.room(self.held_bytes)
+        bands = self._bands([self._whole(chunk) for chunk in lacking], room // READ_SHARE)
+        for band in bands or []:
             fetched = read_box(self.source, band)
             for chunk, part in lacking.items():
                 if part.z.meets(band.z):
                     voxels[part.within(slab.read)] = fetched[part.within(band)]
                     self._keep(chunk, fetched[self._whole(chunk).within(band)], now)
-            self._make_room(now)
-        while self._by_last_reader and self._by_last_reader[0][0] <= now:
-            self._drop(heappop(self._by_last_reader)[1])
-        return voxels
+            self._make_room(now, room)
+        return None if bands is None else voxels
 
-    def _bands(self, chunks: list[Box]) -> list[Box] | None:
+    def _bands(self, chunks: list[Box], most_bytes: int) -> list[Box] | None:
         """Boxes that hold some whole chunks, each small enough to be read at a time; None: no layer of them is."""
         if not chunks:
             return []
         hull = hull_of(chunks)
         deep = min(self.source.chunk[0], self.source.shape[0])
-        layers = self.most_bytes // (READ_SHARE * deep * len(hull.y) * len(hull.x) * self.source.itemsize)
+        layers = most_bytes // (deep * len(hull.y) * len(hull.x) * self.source.itemsize)
         return [Box(z, hull.y, hull.x) for z in spans_of(hull.z, layers * deep)] if layers else None
+
+    def _number(self, place: Place) -> int:
+        """Of a slab, in storage order."""
+        z, y, x = place
+        return (z * len(self.axes[1].first) + y) * len(self.axes[2].first) + x
+
+    def _clear(self) -> None:
+        self._kept.clear()
+        self._by_last_reader.clear()
+        self.held_bytes = 0
 
     def _place_of(self, slab: Slab) -> Place:
         z, y, x = (axis.number[span.start] for axis, span in zip(self.axes, slab.keep.spans, strict=True))
@@ -214,12 +234,12 @@ class Shelf:
         if (voxels := self._kept.pop(chunk, None)) is not None:
             self.held_bytes -= voxels.nbytes
 
-    def _make_room(self, now: Place) -> None:
-        """Drop what is wanted the latest."""
-        if self.held_bytes <= self.most_bytes:
+    def _make_room(self, now: Place, most_bytes: int) -> None:
+        """Drop what is wanted the latest, until no more is held."""
+        if self.held_bytes <= most_bytes:
             return
         for chunk in sorted(self._kept, key=lambda chunk: self._next_reader(chunk, now), reverse=True):
-            if self.held_bytes <= self.most_bytes:
+            if self.held_bytes <= most_bytes:
                 return
             self._drop(chunk)
 
@@ -235,34 +255,28 @@ class Shelf:
         return max(z + 1, z0), y0, x0
 
 
-@dataclass
-class _Current:
-    """The shelf of this process: of one run at a time, until nobody has asked for it in IDLE_S."""
-
-    run: str = ""
-    shelf: Shelf | None = None
-    forgetting: threading.Timer | None = None
-
-
-_current, _choosing = _Current(), threading.Lock()
+_shelves: dict[str, tuple[Shelf, threading.Timer]] = {}  # of runs
+_choosing = threading.Lock()
 
 
 def shelf_of(source: Volume, slabs: Slabs, keeping: Keeping) -> Shelf:
-    """This process's, for a run; what it kept of another run is dropped, as volumes may have changed since."""
+    """This process's, for a run; what nobody has asked for in IDLE_S is let go, whatever became of the driver.
+
+    Each run has its own, as the source may have changed since the last.
+    """
     with _choosing:
-        if _current.shelf is None or _current.run != keeping.run:
-            _current.run, _current.shelf = keeping.run, Shelf(source, slabs, keeping.most_bytes())
-        if _current.forgetting is not None:
-            _current.forgetting.cancel()
-        _current.forgetting = threading.Timer(IDLE_S, drop_shelf)  # whatever became of the driver
-        _current.forgetting.daemon = True
-        _current.forgetting.start()
-        return _current.shelf
+        shelf, timer = _shelves.get(keeping.run) or (Shelf(source, slabs, keeping), None)
+        if timer is not None:
+            timer.cancel()
+        timer = threading.Timer(IDLE_S, drop_shelf, [keeping.run])
+        timer.daemon = True
+        timer.start()
+        _shelves[keeping.run] = shelf, timer
+        return shelf
 
 
-def drop_shelf() -> None:
-    """Let go of what this process keeps."""
+def drop_shelf(run: str | None = None) -> None:
+    """Let go of what this process keeps for a run, or for any."""
     with _choosing:
-        _current.shelf = None
-        if _current.forgetting is not None:
-            _current.forgetting.cancel()
+        for each in list(_shelves) if run is None else [run] if run in _shelves else []:
+            _shelves.pop(each)[1].cancel()

@@ -29,15 +29,36 @@ def threads_each(workers: int) -> int:
 
 
 def free_memory_bytes() -> int:
-    """Memory that is free, and within the limit of this process's control group."""
-    return int(min(psutil.virtual_memory().available, distributed.system.MEMORY_LIMIT))
+    """Memory that is free, and within what this process may take at all."""
+    return min(psutil.virtual_memory().available, memory_limit_bytes())
 
 
-def memory_share_bytes() -> int:
-    """This process's part of that: as large as its part of the cores, if it was started beside others to share them."""
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    part = min(1.0, int(threads) / cores()) if threads.isdecimal() else 1.0
-    return int(part * free_memory_bytes())
+@cache
+def memory_limit_bytes() -> int:
+    """What this process may take: the machine's, or what its control groups, or its Slurm job, allow."""
+    limits = [int(distributed.system.MEMORY_LIMIT), *group_limits()]
+    if (megabytes := os.environ.get("SLURM_MEM_PER_NODE", "")).isdecimal():
+        limits.append(int(megabytes) * 2**20)
+    return min(limit for limit in limits if limit > 0)
+
+
+def group_limits(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Bytes of memory that each of this process's control groups on Linux allows, of those that set a limit.
+
+    A batch system sets them some levels below the root, where Dask does not look.
+    """
+    found = []
+    for line in own.read_text().splitlines() if own.exists() else []:
+        _, kinds, place = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        root, name = (groups / "memory", "memory.limit_in_bytes") if kinds else (groups, "memory.max")
+        inner = root / place.strip("/")
+        for folder in (inner, *inner.parents):
+            if folder.is_relative_to(root) and (folder / name).exists():
+                limit = (folder / name).read_text().strip()
+                found += [int(limit)] if limit.isdecimal() else []  # "max": none
+    return found
 
 
 def peak_memory_bytes() -> int:

@@ -42,7 +42,7 @@ class Share:
         return f"{self.number}/{self.of}"
 
     def part(self, pieces: Sequence[str], turn: int = 0) -> Sequence[str]:
-        """Its own, or that of so many turns further on."""
+        """Its own, or that of the one so many numbers on."""
         number = (self.number + turn) % self.of
         return pieces[len(pieces) * number // self.of : len(pieces) * (number + 1) // self.of]
 
@@ -146,14 +146,14 @@ class Member:
     def claimed(self, pieces: Sequence[str], left: set[str]) -> Iterator[str]:
         """Some of the pieces that are `left`, each claimed when it is asked for.
 
-        All of its own part of `pieces` that nobody has claimed; else a few of others', those that they would
-        come to last; else those that somebody had claimed who is gone. None: all are in others' hands.
+        All of its own part of `pieces` that nobody has claimed; else a few neighbours of others', those that they would
+        come to last, in order; else those that somebody had claimed who is gone. None: all are in others' hands.
         """
         claims = {name.removesuffix(".json") for name in storage.list_sizes(f"{self.ledger_url}/claims")}
         own = [key for key in self.share.part(pieces) if key in left]
         others = [key for key in self._of_others(pieces) if key in left]
         free = [[key for key in keys if key not in claims] for keys in (own, others)]
-        for key in free[0] or free[1][:AT_ONCE] or [*own[:AT_ONCE], *others[:AT_ONCE]]:
+        for key in free[0] or free[1][AT_ONCE - 1 :: -1] or [*own[:AT_ONCE], *others[:AT_ONCE]]:
             self.check()
             if self.claim(key):
                 yield key

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import distributed
 from distributed.comm.core import CommClosedError
 
-from nrrn_pipeline.dealing import Deal
+from nrrn_pipeline.dealing import dealt
 from nrrn_pipeline.errors import GO_ON, InputError, NrrnError, RunError
 from nrrn_pipeline.machine import refuse_other_versions, versions
 from nrrn_pipeline.places import adopt_options, options_text
@@ -27,8 +27,6 @@ from nrrn_pipeline.retrying import is_refused, reason_of
 ATTEMPTS = 3  # of one item before it is set aside
 POLL_S = 5.0  # how often a driver that waits looks whether there is anybody to wait for
 PATIENCE_S = 300.0  # without any worker, before a run is given up
-
-_Entry = tuple[Any, int]  # an item, and which attempt at it comes next
 
 
 @dataclass(frozen=True)
@@ -101,37 +99,46 @@ class DaskRunner:
     def __call__(self, task: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Outcome]:
         """One outcome an item, as they finish. Whatever is in flight when the caller stops asking is cancelled.
 
-        Of a sequence each worker gets neighbours, which read much in common. An item whose worker died is tried again
-        alone, when all others are done: it may have died of its neighbour.
+        An item whose worker died is tried again alone, when all others are done: it may have died of its neighbour.
+
+        A sequence is dealt to lanes, one a worker, so that neighbours, which read much in common, follow each other:
+        the next item of a lane is sent when one of it is done, and Dask gives it to the worker that has just become
+        free. Where another one takes it, or workers come and go, that costs time alone.
         """
         there = partial(_as_the_driver, versions(), options_text(), task)
         # keys of one group: Dask keeps account of every group for as long as anything runs
         group, numbers = f"{_name_of(task)}-{uuid.uuid4().hex}", count()
         finished = 0
-        again: list[_Entry] = []
-        suspects: list[_Entry] = []
-        running: dict[Any, tuple[_Entry, str]] = {}
+        again: list[tuple[Any, int]] = []
+        suspects: list[tuple[Any, int]] = []
+        running: dict[Any, tuple[Any, int, int]] = {}
         try:
             resources = self._resources()
-            following = _following(items, [*self._places(resources)])
+            lanes = max(1, len(self._workers()))
+            following, free, later = dealt(items, lanes), deque[int](), count()
 
-            def start(entry: _Entry, worker: str = "") -> None:
+            def start(item: Any, attempt: int, lane: int) -> None:
                 key = (group, next(numbers))
-                # if it is gone by then, another may: strictly, the item would wait for its return for ever
-                there_first = {"workers": [worker], "allow_other_workers": True} if worker else {}
-                future = self.client.submit(there, entry[0], key=key, pure=False, resources=resources, **there_first)
-                running[future] = entry, worker
+                future = self.client.submit(there, item, key=key, pure=False, resources=resources)
+                running[future] = item, attempt, lane
 
             while True:
-                for worker in self._free(resources, Counter(worker for _, worker in running.values())):
-                    if entry := again.pop() if again else following(worker):
-                        start(entry, worker)
+                at_once = max(1, self._places(resources))
+                while len(running) < at_once:
+                    lane = free.popleft() if free else next(later) % lanes
+                    if again:
+                        start(*again.pop(), lane)
+                    elif one := following(lane):
+                        start(*one, 1, lane)
+                    else:
+                        break
                 if not running and suspects:
-                    start(suspects.pop())
+                    start(*suspects.pop(), 0)
                 if not running:
                     return
                 for future in self._finished(list(running), resources, finished):
-                    (item, attempt), _ = running.pop(future)
+                    item, attempt, lane = running.pop(future)
+                    free.append(lane)
                     error = future.exception()
                     result = None if error else future.result()
                     # a wait that timed out may still refer to it: a worker that leaves would have it computed again
@@ -161,55 +168,28 @@ class DaskRunner:
             try:
                 return list(distributed.wait(running, timeout=POLL_S, return_when="FIRST_COMPLETED").done)
             except TimeoutError:
-                deserted_s = 0.0 if sum(self._places(resources).values()) else deserted_s + POLL_S
+                deserted_s = 0.0 if self._places(resources) else deserted_s + POLL_S
         raise RunError(f"the cluster has had no worker for {self.patience_s:.0f} s: start some; {GO_ON}")
 
-    def _free(self, resources: dict[str, float] | None, held: Counter[str]) -> Iterator[str]:
-        """Workers that can begin an item now, each as often as it can, when so many are `held`; "": any, if none is.
-
-        In all no more than there are places: what a worker held that is gone is others' now.
-        """
-        places = self._places(resources)
-        at_once = max(1, sum(places.values())) - held.total()
-        free = [worker for worker, count in places.items() for _ in range(count - held[worker])]
-        return islice(free or [""], max(0, at_once))
-
-    def _places(self, resources: dict[str, float] | None) -> dict[str, int]:
-        """How many items each worker can run at a time, one a thread, or two a GPU; "": any of them.
+    def _places(self, resources: dict[str, float] | None) -> int:
+        """How many items can run now, one a thread, or two a GPU.
 
         No more are sent: one that waits behind another is suspected too when that kills their worker.
         """
         workers = self._workers()
-        if not resources:
-            return {name: int(worker["nthreads"]) for name, worker in workers.items()}
-        gpus = {name: worker.get("resources", {}).get("GPU", 0) for name, worker in workers.items()}
-        places = {name: int(count / resources["GPU"]) for name, count in gpus.items()}
-        # in the place of one that is gone Dask might take one without a GPU, which would wait for ever
-        return places if all(places.values()) else {"": sum(places.values())}
+        if resources:
+            return int(sum(worker.get("resources", {}).get("GPU", 0) for worker in workers) / resources["GPU"])
+        return sum(int(worker["nthreads"]) for worker in workers)
 
     def _resources(self) -> dict[str, float] | None:
         """Half a GPU a task, on a cluster whose workers declare GPUs: while one slab computes the next is read."""
-        workers = self._workers().values()
+        workers = self._workers()
         return {"GPU": 0.5} if any("GPU" in worker.get("resources", {}) for worker in workers) else None
 
-    def _workers(self) -> dict[str, dict[str, Any]]:
-        """Those that take items, by address: not one that is paused because its time is nearly over."""
-        workers = self.client.scheduler_info(n_workers=-1).get("workers", {})  # none of one that is gone
-        return {name: worker for name, worker in workers.items() if worker.get("status", "running") == "running"}
-
-
-def _following(items: Iterable[Any], workers: Sequence[str]) -> Callable[[str], _Entry | None]:
-    """What a worker gets next, at its first attempt: of a sequence neighbours, else whatever comes."""
-    if not isinstance(items, Sequence):
-        stream = iter(items)
-        return lambda _: next(((item, 1) for item in stream), None)
-    deal = Deal(len(items), workers)
-
-    def following(worker: str) -> _Entry | None:
-        number = deal.take(worker)
-        return None if number is None else (items[number], 1)
-
-    return following
+    def _workers(self) -> list[dict[str, Any]]:
+        """Those that take items: not one that is paused because its time is nearly over."""
+        workers = self.client.scheduler_info(n_workers=-1).get("workers", {}).values()  # none of one that is gone
+        return [worker for worker in workers if worker.get("status", "running") == "running"]
 
 
 def raise_permanent(error: BaseException, item: Any) -> None:

@@ -73,7 +73,10 @@ def denoise_slab(plan: DenoisePlan, device: str, task: SlabTask, keeping: Keepin
             denoised = plan.denoiser.added(noisy, slab.keep)
     else:
         denoised, arithmetic = _denoised(plan, device, task, watch, keeping)
-    return store_slab(plan, slab, denoised, watch, arithmetic)
+    record = store_slab(plan, slab, denoised, watch, arithmetic)
+    if keeping is not None:
+        shelf_of(plan.source, plan.slabs, keeping)  # a slab may take longer than a shelf is kept for nobody
+    return record
 
 
 def denoise_part(plan: DenoisePlan, device: str, task: SlabTask) -> tuple[NDArray[Any], str]:

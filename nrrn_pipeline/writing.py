@@ -12,6 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from nrrn_pipeline.geometry import Shape, boxes_of
+from nrrn_pipeline.keeping import drop_shelf
 from nrrn_pipeline.ledger import Ledger, Record
 from nrrn_pipeline.machine import peak_memory_bytes
 from nrrn_pipeline.slabs import CopyPlan, Plan, Slab
@@ -37,6 +38,7 @@ def copy_slab(plan: CopyPlan, task: CopyTask) -> Record:
 
     Raises InputError if the output is not the planned one, or voxels are not finite, and whatever storage raises.
     """
+    drop_shelf()  # what was denoised before is over, and its memory is not in this plan
     watch, slab = Stopwatch(), task.slab
     with watch.during("decode"):
         voxels = plan.voxels(slab)

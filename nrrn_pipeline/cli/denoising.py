@@ -113,7 +113,7 @@ def plan(
     print_rows(rows)
 
 
-@takes_options(WHERE | {"precision"})
+@takes_options(WHERE | {"precision", "keep"})
 def repair(
     output: Made,
     options: api.Options,

@@ -19,6 +19,11 @@ class ClusterSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @property
+    def memory_bytes(self) -> int | None:
+        """What a worker may take; None: it is not told."""
+        return None
+
 
 def leave_alone(done: int) -> None:
     """What a cluster needs done for it while a run goes on, if its workers do not end by themselves: nothing."""

@@ -117,6 +117,11 @@ class JobQueueSettings(ClusterSettings):
         return self.COMMANDS[-1:]
 
     @property
+    def memory_bytes(self) -> int:
+        """What a worker may take."""
+        return int(parse_bytes(self.memory))
+
+    @property
     def walltime_s(self) -> int:
         """Seconds."""
         return seconds_of(self.walltime) or 0

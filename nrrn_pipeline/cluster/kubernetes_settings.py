@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from dask.utils import parse_bytes
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from nrrn_pipeline.cluster.base import ClusterSettings, process_environment
@@ -73,6 +74,11 @@ class KubernetesSettings(ClusterSettings):
     volumes: Annotated[dict[Name, MountPath], AfterValidator(_each_apart)] = Field(default_factory=dict)
     uid: Annotated[int, Field(ge=1)] = USER
     patience: Annotated[float, Field(gt=0)] = 1800.0
+
+    @property
+    def memory_bytes(self) -> int:
+        """What a worker may take."""
+        return int(parse_bytes(self.memory))
 
 
 def cluster_manifest(settings: KubernetesSettings, name: str, slabs_each: int = 2) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def test_a_worker_reads_each_chunk_once_to_measure_and_once_to_denoise(
     options = Options(layout=Layout(chunk=(4, 32, 32), shard=(8, 64, 64)), device="cpu", cluster="serial")
     plan = make_plan(source, tmp_path / "out.zarr", tiny_weights(tmp_path / "w.safetensors"), options)
     whole = prod(-(-length // chunk) * chunk for length, chunk in zip(SHAPE, chunks, strict=True))
-    for progress in run_plan(plan, runner, "cpu", keeping=Keeping(uuid4().hex, 10**9, 0)):
+    for progress in run_plan(plan, runner, "cpu", keeping=Keeping(uuid4().hex, 10**9)):
         if progress.stage == "denoising" and progress.done == 0:
             read["measured"], read["now"] = read["now"], 0
     assert (read["measured"], read["now"]) == (whole, whole)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -158,25 +157,10 @@ def test_a_worker_gets_neighbours_and_none_waits_for_another(client: Client) -> 
     assert 10 < by.count(by[0]) < 30
 
 
-@pytest.mark.parametrize(
-    ("gpus", "places"),
-    [
-        ([1, 2], {"w0": 2, "w1": 4}),
-        ([1, 0], {"": 2}),  # who is left would not do
-        ([0, 0], {"w0": 3, "w1": 3}),
-    ],
-)
-def test_places_are_two_a_gpu_and_of_all_alike_those_of_each(gpus: list[int], places: dict[str, int]) -> None:
-    workers = {
-        f"w{number}": {"nthreads": 3, "resources": {"GPU": count} if count else {}} for number, count in enumerate(gpus)
-    }
-    told = SimpleNamespace(scheduler_info=lambda n_workers: {"workers": workers})
-    runner = DaskRunner(told)
-    assert runner._places(runner._resources()) == places
-    held = Counter({name: count - 1 for name, count in places.items()})
-    assert sorted(runner._free(runner._resources(), held)) == sorted(places)
-    held["gone"] = len(places)
-    assert list(runner._free(runner._resources(), held)) == []
+def test_a_lone_worker_that_dies_and_comes_back_goes_on(tmp_path: Path) -> None:
+    with local_client(1) as fresh:
+        outcomes = by_item(DaskRunner(fresh)(partial(attempt, tmp_path, {1: ["die", "ok"]}), range(4)))
+    assert {item: outcome.result for item, outcome in outcomes.items()} == {item: 10 * item for item in range(4)}
 
 
 def test_what_is_in_flight_is_cancelled_when_the_caller_stops(client: Client) -> None:

@@ -76,6 +76,14 @@ def cases(draw: st.DrawFn) -> Case:
     return case_of(shape, draw(sizes), draw(sizes), draw(st.integers(0, 5)), draw(st.sampled_from([None, roi])))
 
 
+@dataclass(frozen=True)
+class Fixed(Keeping):
+    """As much as asked for, whatever memory there is."""
+
+    def room(self, held_bytes: int) -> int:
+        return self.most_bytes
+
+
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> object:
     yield
@@ -84,7 +92,7 @@ def _nothing_is_left() -> object:
 
 def shelf_for(case: Case, most_bytes: int, patch: pytest.MonkeyPatch) -> Shelf:
     patch.setattr(keeping, "read_box", case.read_box)
-    return Shelf(case.source, case.slabs, most_bytes)
+    return Shelf(case.source, case.slabs, Fixed("a", most_bytes))
 
 
 @settings(deadline=None)
@@ -125,20 +133,20 @@ def test_several_workers_with_less_memory_read_no_more_than_planned(case: Case, 
 
 
 def layer_bytes(case: Case) -> int:
-    return keeping._layer_bytes(case.source, case.slabs)
+    return keeping._layer_bytes(case.source, case.slabs, max)
 
 
 def test_more_memory_spares_one_axis_after_the_other() -> None:
     case = case_of((24, 24, 96), (4, 4, 4), (4, 4, 4), 1)
     of_slab, of_row, of_layer = keeping._wanted_bytes(case.source, case.slabs)
     assert of_slab < of_row < of_layer
-    assert axes_shared(case.source, case.slabs, 4 * of_slab) == 1
-    fetched = [fetched_by(case.source, case.slabs, most) for most in (0, 4 * of_slab, of_row, of_layer)]
+    assert axes_shared(case.source, case.slabs, 3 * of_slab) == 1
+    fetched = [fetched_by(case.source, case.slabs, most) for most in (0, 3 * of_slab, of_row, of_layer)]
     assert fetched == sorted(fetched, reverse=True)
     assert len({*fetched}) == 4
     assert fetched[-1] == 24 * 24 * 96
     assert kept_bytes(case.source, case.slabs, 0) == 0
-    assert kept_bytes(case.source, case.slabs, MUCH) == of_layer + of_slab
+    assert kept_bytes(case.source, case.slabs, MUCH) == of_layer + 2 * of_slab
 
 
 def test_chunks_too_large_to_be_read_whole_are_read_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,29 +162,41 @@ def test_of_another_run_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
     """A source that was made anew in between, under the same name, is read anew."""
     case = case_of((8, 8, 8), (4, 4, 4), (4, 4, 4), 1)
     monkeypatch.setattr(keeping, "read_box", case.read_box)
-    first, second = Keeping("a", MUCH, 0), Keeping("b", MUCH, 0)
+    first, second = Fixed("a", MUCH), Fixed("b", MUCH)
     shelf_of(case.source, case.slabs, first).read(case.slabs[0])
     assert shelf_of(case.source, case.slabs, first).held_bytes > 0
     case.voxels[:] = 7
     assert (shelf_of(case.source, case.slabs, second).read(case.slabs[1]) == 7).all()
+    drop_shelf("b")
+    assert shelf_of(case.source, case.slabs, first).held_bytes > 0, "two runs in one process have one each"
     drop_shelf()
-    assert shelf_of(case.source, case.slabs, second).held_bytes == 0
+    assert shelf_of(case.source, case.slabs, first).held_bytes == 0
 
 
 def test_what_nobody_asks_for_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of((8, 8, 8), (4, 4, 4), (4, 4, 4), 1)
     monkeypatch.setattr(keeping, "IDLE_S", 0.01)
-    shelf_of(case.source, case.slabs, Keeping("a", MUCH, 0))
-    assert keeping._current.forgetting is not None
-    keeping._current.forgetting.join(60)
-    assert keeping._current.shelf is None
+    shelf_of(case.source, case.slabs, Fixed("a", MUCH))
+    keeping._shelves["a"][1].join(60)
+    assert keeping._shelves == {}
+
+
+def test_slabs_further_back_do_not_make_it_hold_what_is_wanted_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_of((16, 16, 64), (4, 4, 4), (4, 4, 4), 1)
+    shelf = shelf_for(case, MUCH, monkeypatch)
+    for start in range(len(case.slabs) - 16, 0, -16):
+        for slab in case.slabs[start : start + 16]:
+            shelf.read(slab)
+            assert shelf.held_bytes <= case.layer_bytes
 
 
 def test_a_worker_keeps_no_more_than_its_memory_carries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeping, "memory_share_bytes", lambda: 3 * 2**30)
-    monkeypatch.setattr(keeping, "free_memory_bytes", lambda: 64 * 2**30)
-    much, gib = 16 * 2**30, 2**30
-    assert Keeping("a", much, gib).most_bytes() == gib, "half of what is left"
-    assert Keeping("a", 5, gib).most_bytes() == 5
-    assert Keeping("a", much, 4 * gib).most_bytes() == 0
-    assert Keeping("a", much, gib).most_bytes(workers=16) == 3 * gib // 2
+    gib = 2**30
+    monkeypatch.setattr(keeping, "memory_limit_bytes", lambda: 3 * gib)
+    monkeypatch.setattr(keeping, "free_memory_bytes", lambda: 4 * gib)
+    assert Keeping("a", 9 * gib).room(0) == gib, "a part of what is free"
+    assert Keeping("a", 9 * gib).room(gib) == 2 * gib
+    assert Keeping("a", 9 * gib).room(8 * gib) == 3 * gib, "what the process may take"
+    assert Keeping("a", 9 * gib, 2 * gib).room(gib) == gib, "with what it takes beside"
+    assert Keeping("a", 9 * gib, 4 * gib).room(0) == 0
+    assert Keeping("a", 5).room(gib) == 5

@@ -196,7 +196,7 @@ def test_own_pieces_come_first_then_a_few_that_others_come_to_last(place: str) -
         assert own == PIECES[10:20], "neighbours"
         left -= set(own)
         others = list(member.claimed(PIECES, left))
-        assert others == PIECES[29:19:-1][:AT_ONCE]
+        assert others == PIECES[20:30][-AT_ONCE:]
 
 
 def test_a_claim_that_is_dropped_while_another_looks_at_it_goes_to_one_alone(
