@@ -30,7 +30,7 @@ def threads_each(workers: int) -> int:
 
 def free_memory_bytes() -> int:
     """Memory that is free, and within what this process may take at all."""
-    return min(psutil.virtual_memory().available, memory_limit_bytes())
+    return min(int(psutil.virtual_memory().available), memory_limit_bytes())
 
 
 @cache
