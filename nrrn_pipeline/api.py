@@ -27,7 +27,7 @@ from nrrn_pipeline.geometry import Box
 from nrrn_pipeline.keeping import Keeping, drop_shelf
 from nrrn_pipeline.lease import wait_for_end
 from nrrn_pipeline.ledger import Ledger
-from nrrn_pipeline.machine import free_memory_bytes
+from nrrn_pipeline.machine import free_memory_bytes, threads_each
 from nrrn_pipeline.network import (
     NRRN,
     Network,
@@ -226,6 +226,7 @@ def _keeping(made: Plan, options: Options, workers: int) -> Keeping | None:
     settings, beside = options.cluster_settings, worker_bytes(made, options.slabs_each)
     most_bytes, each = int(options.keep_gb * 1e9), settings.memory_bytes if settings else None
     if options.here:
+        beside = worker_bytes(made, options.slabs_each, threads_each(workers))
         each = free_memory_bytes() // workers
     if each is not None:
         most_bytes = max(0, min(most_bytes, (each - beside) // 2))

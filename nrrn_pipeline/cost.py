@@ -11,7 +11,7 @@ from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import Box, Shape, Span
 from nrrn_pipeline.keeping import fetched_by, kept_bytes
 from nrrn_pipeline.machine import cores, free_memory_bytes, threads_each
-from nrrn_pipeline.network import Network, seconds_per_pixel
+from nrrn_pipeline.network import CPU_LANES, Network, cpu_lanes, seconds_per_pixel
 from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.slabs import CopyPlan, Plan
@@ -73,7 +73,7 @@ def cost_of(plan: DenoisePlan, at_once: int = 1, measured: bool = False, workers
         fetched_bytes=(fetched + pass_fetched) * item,
         written_bytes=plan.box.size * item,
         flop=flop * plan.box.size * _tile_overhead(plan),
-        worker_bytes=worker_bytes(plan, at_once) + kept,
+        worker_bytes=worker_bytes(plan, at_once, threads_each(workers)) + kept,
         kept_bytes=kept,
         read_amplification=read / plan.box.size,
         chunk_amplification=fetched / plan.box.size,
@@ -91,25 +91,29 @@ def _touched(volume: Volume, span: Span, axis: int) -> int:
     return min(-(-span.stop // chunk) * chunk, length) - span.start // chunk * chunk
 
 
-def worker_bytes(plan: Plan, at_once: int = 1) -> int:
-    """Peak memory of one worker process that has `at_once` slabs in flight, and keeps nothing for the next."""
+def worker_bytes(plan: Plan, at_once: int = 1, threads: int = CPU_LANES) -> int:
+    """Peak memory of one worker process that has `at_once` slabs in flight, and keeps nothing for the next.
+
+    threads: those that it computes with; where they are not known, as many as take the most.
+    """
     if isinstance(plan, DenoisePlan):
-        return _denoising_bytes(plan, at_once)
+        return _denoising_bytes(plan, at_once, threads)
     assert isinstance(plan, CopyPlan)
     slab = plan.slabs[0].keep
     encoding = _encoding_bytes(plan.target, slab.shape)
     return COPYING_BYTES + at_once * (plan.slab_bytes + encoding)
 
 
-def _denoising_bytes(plan: DenoisePlan, at_once: int) -> int:
+def _denoising_bytes(plan: DenoisePlan, at_once: int, threads: int) -> int:
     """The same of one that denoises, of whose slabs one computes.
 
-    That is itself; a slab in and out with one tile's stack and the network's maps; and for every other slab the larger
-    of its voxels with the chunks that are being decoded, and its result with the shard that is being encoded. Or, in
-    the pass before, boxes of voxels whose slices are measured in float64.
+    That is itself; a slab in and out with the stacks of the tiles that are estimated at a time, and the network's maps
+    of each; and for every other slab the larger of its voxels with the chunks that are being decoded, and its result
+    with the shard that is being encoded. Or, in the pass before, boxes of voxels whose slices are measured in float64.
     """
     slab = plan.slabs.largest()
-    window_y, window_x = (max(len(cut.read) for cut in cuts) for cuts in zip(*plan.tiles(slab), strict=True))
+    tiles = list(plan.tiles(slab))
+    window_y, window_x = (max(len(cut.read) for cut in cuts) for cuts in zip(*tiles, strict=True))
     pixels = window_y * window_x
     item = plan.source.itemsize
     voxels_in, voxels_out = slab.read.size * item, slab.keep.size * item
@@ -118,15 +122,16 @@ def _denoising_bytes(plan: DenoisePlan, at_once: int) -> int:
     if plan.source.write_unit != plan.source.chunk:  # what is wanted of a shard comes in one piece
         decoding += fetched * item
     encoding = _encoding_bytes(plan.target, slab.keep.shape)
-    stack = stack_bytes(len(slab.read.z), pixels)
-    maps = working_bytes(plan.denoiser, pixels, plan.method.images)
+    maps = stack_bytes(len(slab.read.z), pixels) + working_bytes(plan.denoiser, pixels, plan.method.images)
+    if isinstance(plan.denoiser, Weights) and plan.method.stitch == "crop":
+        maps *= cpu_lanes(threads, len(tiles))
     if plan.method.stitch == "blend" and not isinstance(plan.denoiser, Noise):
         # the sum, its mean, in grey levels, rounded: of float voxels in float64
         maps += (24 if plan.source.dtype == "float32" else 20) * slab.keep.size
     whole, step = statistics_grid(plan.source, plan.statistics_z)
     depth, *sides = (min(len(span), size) for span, size in zip(whole.spans, step, strict=True))
     measured = (depth * item + 16) * prod(sides)
-    computing = voxels_in + voxels_out + stack + maps
+    computing = voxels_in + voxels_out + maps
     moving = max(voxels_in + decoding, voxels_out + encoding)
     denoising = max(computing + (at_once - 1) * moving, at_once * moving)
     return PROCESS_BYTES + max(denoising, at_once * (measured + min(decoding, measured)))
@@ -144,26 +149,32 @@ def default_workers(plan: Plan, gpus: int, at_once: int) -> int:
     """
     if gpus:
         return gpus
-    fitting = int(0.8 * free_memory_bytes()) // worker_bytes(plan, at_once)
-    return max(1, min(cores(), fitting))
+    return max(1, _fitting(plan, at_once, int(0.8 * free_memory_bytes())))
+
+
+def _fitting(plan: Plan, at_once: int, free_bytes: int) -> int:
+    """The most workers that free memory holds, no more than one a core; 0: not one."""
+    counts = range(cores(), 0, -1)
+    return next((many for many in counts if many * worker_bytes(plan, at_once, threads_each(many)) <= free_bytes), 0)
 
 
 def refuse_what_cannot_fit(plan: Plan, workers: int, at_once: int) -> None:
     """Raises InputError if this machine's free memory cannot hold that many workers."""
-    one, free = worker_bytes(plan, at_once), free_memory_bytes()
+    one, free = worker_bytes(plan, at_once, threads_each(workers)), free_memory_bytes()
     if workers * one <= free:
         return
     smaller = "a smaller --slab (with --shard) or --tile" + (", or --no-prefetch" if at_once > 1 else "")
-    setting = f"--workers {free // one}" if free >= one else smaller
+    fitting = _fitting(plan, at_once, free)
+    setting = f"--workers {fitting}" if fitting else smaller
     wanted = f"{counted(workers, 'worker')} of {bytes_text(one)}"
     raise InputError(f"{wanted} cannot fit: {bytes_text(free)} of memory are free; use {setting}")
 
 
 def seconds_to_run(plan: DenoisePlan, network: Network, workers: int) -> float:
     """The network's time for the whole plan with that many local workers, from one tile timed here in a few seconds."""
-    cuts = next(plan.tiles(plan.slabs[0]))
-    window = (len(cuts[0].read), len(cuts[1].read))
-    each = seconds_per_pixel(network, window, threads_each(workers))
+    tiles = list(plan.tiles(plan.slabs[0]))
+    y, x = tiles[0]
+    each = seconds_per_pixel(network, (len(y.read), len(x.read)), len(tiles), threads_each(workers))
     return each * plan.box.size * _tile_overhead(plan) / min(workers, len(plan.slabs))
 
 

@@ -213,8 +213,7 @@ class Filter:
         """Pixels that lie between two places where a tile may begin."""
         return _METHODS[self.name].grid
 
-    @property
-    def lanes(self) -> int:
+    def lanes(self, _: int) -> int:
         """One tile at a time."""
         return 1
 

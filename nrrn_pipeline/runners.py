@@ -101,8 +101,8 @@ class DaskRunner:
 
         An item whose worker died is tried again alone, when all others are done: it may have died of its neighbour.
 
-        A sequence is dealt to lanes, one a worker, so that neighbours, which read much in common, follow each other:
-        the next item of a lane is sent when one of it is done, and Dask gives it to the worker that has just become
+        A sequence is dealt to hands, one a worker, so that neighbours, which read much in common, follow each other:
+        the next item of a hand is sent when one of it is done, and Dask gives it to the worker that has just become
         free. Where another one takes it, or workers come and go, that costs time alone.
         """
         there = partial(_as_the_driver, versions(), options_text(), task)
@@ -114,22 +114,22 @@ class DaskRunner:
         running: dict[Any, tuple[Any, int, int]] = {}
         try:
             resources = self._resources()
-            lanes = max(1, len(self._workers()))
-            following, free, later = dealt(items, lanes), deque[int](), count()
+            hands = max(1, len(self._workers()))
+            following, free, later = dealt(items, hands), deque[int](), count()
 
-            def start(item: Any, attempt: int, lane: int) -> None:
+            def start(item: Any, attempt: int, hand: int) -> None:
                 key = (group, next(numbers))
                 future = self.client.submit(there, item, key=key, pure=False, resources=resources)
-                running[future] = item, attempt, lane
+                running[future] = item, attempt, hand
 
             while True:
                 at_once = max(1, self._places(resources))
                 while len(running) < at_once:
-                    lane = free.popleft() if free else next(later) % lanes
+                    hand = free.popleft() if free else next(later) % hands
                     if again:
-                        start(*again.pop(), lane)
-                    elif one := following(lane):
-                        start(*one, 1, lane)
+                        start(*again.pop(), hand)
+                    elif one := following(hand):
+                        start(*one, 1, hand)
                     else:
                         break
                 if not running and suspects:
@@ -137,8 +137,8 @@ class DaskRunner:
                 if not running:
                     return
                 for future in self._finished(list(running), resources, finished):
-                    item, attempt, lane = running.pop(future)
-                    free.append(lane)
+                    item, attempt, hand = running.pop(future)
+                    free.append(hand)
                     error = future.exception()
                     result = None if error else future.result()
                     # a wait that timed out may still refer to it: a worker that leaves would have it computed again

@@ -7,12 +7,11 @@ one tile that keeps it. With a halo no smaller than the network's reach this equ
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +22,15 @@ from nrrn_pipeline.filters import Filter
 from nrrn_pipeline.geometry import Box, Cut, Span
 from nrrn_pipeline.keeping import Keeping, shelf_of
 from nrrn_pipeline.ledger import Record
-from nrrn_pipeline.network import Network, bytes_hash, choose_device, fastest_in_slot, in_slot, parse_weights
+from nrrn_pipeline.network import (
+    Network,
+    bytes_hash,
+    choose_device,
+    fastest_in_slot,
+    in_lanes,
+    in_slot,
+    parse_weights,
+)
 from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.shipped import read_weights
@@ -38,8 +45,6 @@ WORST_LEVELS = 0.5  # grey levels, root mean square, by which a faster precision
 WORST_OF_STD = 1 / 64  # for any dtype, of a slice's standard deviation: half a level of 32
 SAMPLES = 8  # slabs that are looked at for an image
 GROUPED = 2  # slices apart, at most, that a network computes as one batch, whose size changes how numbers are rounded
-
-T = TypeVar("T")
 
 # one slab computes at a time: with two in a process, the other is read, or written, meanwhile
 computing, _loading = threading.Lock(), threading.Lock()
@@ -189,6 +194,7 @@ def denoise_voxels(
     Raises RunError if the network gives numbers that are not finite.
     """
     slab, statistics, started, timed = task.slab, task.statistics, perf_counter(), _Timed(network)
+    all_tiles = list(plan.tiles(slab))
     denoised = noisy[slab.keep.within(slab.read)].copy()
     for stack_z in stacks_of(slab.keep.z, _not_blank(statistics)):
         rows = [z - slab.read.z.start for z in stack_z]
@@ -198,20 +204,19 @@ def denoise_voxels(
         stack = _Stack(noisy, slab.read, rows, mean, std)
         to = denoised[stack_z[1] - slab.keep.z.start : stack_z[-2] - slab.keep.z.start + 1]
         if plan.method.stitch == "blend":
-            tiles = ((y, x, timed(stack.normal(y, x))) for y, x in plan.tiles(slab))
+            tiles = ((y, x, timed(stack.normal(y, x))) for y, x in all_tiles)
             for (y, x), estimate in blended(tiles, slab.keep):
                 stack.in_levels(estimate, to[:, y, x])
         else:
-            in_lanes(
-                network.lanes, partial(_denoise_tile, stack, timed, slab.keep, to), _wanted(plan.tiles(slab), task)
-            )
+            lanes = network.lanes(len(all_tiles))  # not of those wanted alone: to the last bit
+            in_lanes(lanes, partial(_denoise_tile, stack, timed, slab.keep, to), _wanted(all_tiles, task))
     if watch is not None:
         watch.add("network", timed.busy.seconds)
         watch.add("prepare", perf_counter() - started - timed.busy.seconds)
     return denoised
 
 
-def _wanted(tiles: Iterator[tuple[Cut, Cut]], task: SlabTask) -> Iterator[tuple[Cut, Cut]]:
+def _wanted(tiles: Iterable[tuple[Cut, Cut]], task: SlabTask) -> Iterator[tuple[Cut, Cut]]:
     """The tiles that keep something of what is wanted."""
     part = task.part or task.slab.keep
     return ((y, x) for y, x in tiles if y.keep.meets(part.y) and x.keep.meets(part.x))
@@ -249,29 +254,6 @@ def _denoise_tile(stack: _Stack, network: _Timed, keep: Box, to: NDArray[Any], c
     y, x = cuts
     estimate = network(stack.normal(y, x))[:, y.crop, x.crop]
     stack.in_levels(estimate, to[:, y.keep.within(keep.y), x.keep.within(keep.x)])
-
-
-def in_lanes(lanes: int, work: Callable[[T], object], items: Iterable[T]) -> None:
-    """One after the other, so many at a time; when one fails the rest is not begun, and what was begun is finished."""
-    if lanes == 1:
-        for item in items:
-            work(item)
-        return
-    pool = _lanes(lanes)
-    begun = [pool.submit(work, item) for item in items]
-    try:
-        for each in begun:
-            each.result()
-    finally:
-        for each in begun:
-            each.cancel()
-        wait(begun)
-
-
-@cache
-def _lanes(lanes: int) -> ThreadPoolExecutor:
-    """Threads that live as long as the process: each has a stream of a GPU, and what was learnt of its algorithms."""
-    return ThreadPoolExecutor(lanes, thread_name_prefix="tile")
 
 
 class _Timed:

@@ -17,12 +17,12 @@ from nrrn_pipeline.benchmark.programs import OURS, Program, Run, ours, run
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.geometry import cells_of
 from nrrn_pipeline.machine import cores
-from nrrn_pipeline.network import Network, device_text
+from nrrn_pipeline.network import Network, device_text, in_lanes
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.planning import DenoisePlan
 from nrrn_pipeline.preparing import make_plan
 from nrrn_pipeline.runners import DaskRunner, raise_permanent
-from nrrn_pipeline.slab import in_lanes, load_network
+from nrrn_pipeline.slab import load_network
 from nrrn_pipeline.volume import Volume, open_volume, read_box
 
 FEW, MORE = 2, 6  # slices of a stack: what it takes beside its slices, and what each takes
@@ -148,15 +148,16 @@ def _alone(plan: DenoisePlan, device: str, _: int) -> float:
     slab = plan.slabs[0]
     tiles, depth = list(plan.tiles(slab)), len(slab.keep.z)
     y, x = tiles[0]
+    lanes = network.lanes(len(tiles))
     noise = np.random.default_rng(0).standard_normal((MORE + 2, len(y.read), len(x.read)), dtype=np.float32)
-    _seconds(network, noise)  # chooses algorithms, takes memory
-    few, more = (_seconds(network, noise[: slices + 2]) for slices in (FEW, MORE))
+    _seconds(network, noise, lanes)  # chooses algorithms, takes memory
+    few, more = (_seconds(network, noise[: slices + 2], lanes) for slices in (FEW, MORE))
     seconds = few + max(0, depth - FEW) * (more - few) / (MORE - FEW)
     return slab.keep.size / (len(tiles) * seconds)
 
 
-def _seconds(network: Network, stack: NDArray[np.float32]) -> float:
-    """For one stack, of as many as it takes at a time."""
+def _seconds(network: Network, stack: NDArray[np.float32], lanes: int) -> float:
+    """For one stack, of as many as are estimated at a time."""
     started = perf_counter()
-    in_lanes(network.lanes, network, [stack] * network.lanes)
-    return (perf_counter() - started) / network.lanes
+    in_lanes(lanes, network, [stack] * lanes)
+    return (perf_counter() - started) / lanes

@@ -10,6 +10,7 @@ from nrrn_pipeline.network.architecture import (
     reach_of,
 )
 from nrrn_pipeline.network.denoisenet import DenoiseNet
+from nrrn_pipeline.network.lanes import CPU_LANES, cpu_lanes, in_lanes
 from nrrn_pipeline.network.nrrn import NRRN
 from nrrn_pipeline.network.slot import (
     DEVICES,
@@ -45,6 +46,7 @@ from nrrn_pipeline.network.weights import (
 )
 
 __all__ = [
+    "CPU_LANES",
     "DEVICES",
     "HALVES",
     "KINDS",
@@ -63,12 +65,14 @@ __all__ = [
     "architecture_of",
     "bytes_hash",
     "choose_device",
+    "cpu_lanes",
     "default_inputs",
     "device_text",
     "fastest_in_slot",
     "flop_per_voxel",
     "gpu_count",
     "import_vemden",
+    "in_lanes",
     "in_slot",
     "load_weights",
     "parse_header",

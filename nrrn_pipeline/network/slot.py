@@ -18,12 +18,12 @@ from torch import Tensor
 from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.geometry import Span
 from nrrn_pipeline.network.architecture import DenoisingNetwork
+from nrrn_pipeline.network.lanes import GPU_LANES, cpu_lanes, in_lanes
 from nrrn_pipeline.network.nrrn import NRRN, Step, unit_step, unit_step_in_place
 
 DEVICES = ("auto", "cpu", "cuda")
 HALVES = ("float16", "bfloat16")  # half as many bytes; the first is the more accurate, while no number is too large
 PRECISIONS = ("auto", "float32", *HALVES)
-GPU_LANES = 2  # tiles at a time: one is copied, or made ready, while the other computes
 
 Stack = NDArray[np.float32]
 
@@ -35,9 +35,8 @@ class Network(Protocol):
     def reach(self) -> int:
         """Radius in y and x of the input voxels that one output voxel depends on."""
 
-    @property
-    def lanes(self) -> int:
-        """How many tiles to give it at a time, each from a thread of its own."""
+    def lanes(self, tiles: int, /) -> int:
+        """How many of so many tiles to give it at a time, each from a thread of its own."""
 
     def __call__(self, stack: Stack) -> Stack:
         """(z+2, y, x) normalised stack -> (z, y, x) estimate."""
@@ -51,7 +50,6 @@ class TorchNetwork:
 
     def __init__(self, network: DenoisingNetwork, device: torch.device, images: int = 3) -> None:
         self.network, self.device, self.images = network, device, images
-        self.lanes = GPU_LANES if device.type == "cuda" else 1
         self._too_many: float = float("inf")  # pixels, as was seen
         self._step: Step = unit_step_in_place
         self._own = threading.local()
@@ -69,6 +67,10 @@ class TorchNetwork:
     def grid(self) -> int:
         """Voxels between two places where a tile may begin."""
         return self.network.architecture.grid
+
+    def lanes(self, tiles: int) -> int:
+        """As many as fill the device; on a CPU, of the threads that this one computes with."""
+        return GPU_LANES if self.device.type == "cuda" else cpu_lanes(torch.get_num_threads(), tiles)
 
     def __call__(self, stack: Stack) -> Stack:
         """(z+2, y, x) normalised stack -> (z, y, x) estimate. Raises RunError if memory suffices for no window."""
@@ -232,19 +234,23 @@ def fastest_in_slot(
     return exact, "float32", off
 
 
-def seconds_per_pixel(network: Network, window: tuple[int, int], threads: int) -> float:
-    """The network's time for one pixel of a slice here, measured on slices of noise of (y, x) `window` pixels."""
+def seconds_per_pixel(network: Network, window: tuple[int, int], tiles: int, threads: int) -> float:
+    """The network's time for one pixel of a slice here, with so many threads.
+
+    Measured on slices of noise of (y, x) `window` pixels, as many at a time as of so many tiles of a slab.
+    """
     stack = np.random.default_rng(0).standard_normal((5, *window), dtype=np.float32)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        network(stack)  # the first call also chooses algorithms and takes memory
+        lanes = network.lanes(tiles)
+        in_lanes(lanes, network, [stack] * lanes)  # the first call also chooses algorithms and takes memory
         # each slice more; the first also takes its neighbours
         seconds = []
         for slices in (1, 3):
             started = perf_counter()
-            network(stack[: slices + 2])
+            in_lanes(lanes, network, [stack[: slices + 2]] * lanes)
             seconds.append(perf_counter() - started)
-        return float(seconds[1] - seconds[0]) / 2 / int(stack[0].size)
+        return float(seconds[1] - seconds[0]) / 2 / lanes / int(stack[0].size)
     finally:
         torch.set_num_threads(before)

@@ -14,7 +14,6 @@ import platform
 import sys
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from nrrn_pipeline.network import NRRN, TorchNetwork, choose_device, fastest_in_slot, flop_per_voxel, in_slot
+from nrrn_pipeline.network import NRRN, TorchNetwork, choose_device, fastest_in_slot, flop_per_voxel, in_lanes, in_slot
 from nrrn_pipeline.network.nrrn import unit_step_in_place
 from nrrn_pipeline.training.fit import Training, TrainSettings
 
@@ -90,19 +89,18 @@ def throughput(slot: TorchNetwork, side: int, depth: int, peak: float, name: str
         return
     rate = work / once
     facts = {"voxels_per_s": stack[1:-1].size / once, "tflops": rate / 1e12, "of_matmul_peak": rate / peak}
-    if slot.lanes > 1:
-        facts["voxels_per_s_in_lanes"] = lanes(slot, stack)
+    facts["voxels_per_s_in_lanes"] = together(slot, stack)
     if slot.device.type == "cuda":
         facts["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9
     tell(name, **facts)
 
 
-def lanes(slot: TorchNetwork, stack: np.ndarray, rounds: int = 8) -> float:
-    with ThreadPoolExecutor(slot.lanes) as pool:
-        list(pool.map(slot, [stack] * 2 * slot.lanes))  # in these threads too, algorithms are chosen first
-        started = perf_counter()
-        list(pool.map(slot, [stack] * rounds * slot.lanes))
-        return rounds * slot.lanes * stack[1:-1].size / (perf_counter() - started)
+def together(slot: TorchNetwork, stack: np.ndarray, rounds: int = 8) -> float:
+    lanes = slot.lanes(4)
+    in_lanes(lanes, slot, [stack] * 2 * lanes)  # in these threads too, algorithms are chosen first
+    started = perf_counter()
+    in_lanes(lanes, slot, [stack] * rounds * lanes)
+    return rounds * lanes * stack[1:-1].size / (perf_counter() - started)
 
 
 def kernels(slot: TorchNetwork, side: int) -> None:

@@ -35,7 +35,8 @@ def sleep_instead(seconds: float) -> None:
     from nrrn_pipeline import slab
 
     class Sleeping:
-        lanes = 1
+        def lanes(self, _: int) -> int:
+            return 1
 
         def __call__(self, stack: Any) -> Any:
             time.sleep(seconds)

@@ -1,4 +1,4 @@
-"""Items dealt to lanes: each once, neighbours to one lane, and none idle while there are any."""
+"""Items dealt to hands: each once, neighbours to one hand, and none idle while there are any."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from nrrn_pipeline.dealing import Deal, dealt
 
 
 @given(st.integers(0, 60), st.integers(1, 5), st.lists(st.integers(0, 7), min_size=60, max_size=60))
-def test_each_number_is_taken_once_whoever_asks(count: int, lanes: int, askers: list[int]) -> None:
-    deal = Deal(count, lanes)
-    taken = [deal.take(lane) for lane in askers[:count]]
+def test_each_number_is_taken_once_whoever_asks(count: int, hands: int, askers: list[int]) -> None:
+    deal = Deal(count, hands)
+    taken = [deal.take(hand) for hand in askers[:count]]
     assert sorted(number for number in taken if number is not None) == list(range(count))
     assert deal.take(0) is None
 
 
 def test_each_lane_gets_a_part_of_neighbours_and_then_half_of_what_another_has_left() -> None:
     deal = Deal(12, 3)
-    assert [[deal.take(lane) for _ in range(2)] for lane in range(3)] == [[0, 1], [4, 5], [8, 9]]
+    assert [[deal.take(hand) for _ in range(2)] for hand in range(3)] == [[0, 1], [4, 5], [8, 9]]
     assert [deal.take(0) for _ in range(2)] == [2, 3]
-    assert deal.take(0) == 7, "lane 1 goes on with 6"
+    assert deal.take(0) == 7, "hand 1 goes on with 6"
     assert [deal.take(9) for _ in range(2)] == [11, 6]
     assert deal.take(1) == 10
     assert deal.take(2) is None

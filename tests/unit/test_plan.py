@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from nrrn_pipeline.cost import cost_of, fetched_voxels
+from nrrn_pipeline.cost import cost_of, fetched_voxels, worker_bytes
 from nrrn_pipeline.denoisers import Weights, stack_bytes, working_bytes
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.filters import Filter
@@ -242,6 +242,17 @@ def test_tiles_are_as_large_as_memory_carries(weights: Weights, tile: int) -> No
 
     assert taken(tile) <= TILE_BYTES
     assert pieces == 1 or taken(larger) > TILE_BYTES
+
+
+def test_a_worker_that_estimates_two_tiles_at_a_time_holds_both() -> None:
+    weights = Weights("", "", 4, 64)
+    plan = plan_denoise(source_of((64, 512, 512), dtype="uint8"), "/out.zarr", weights)
+    side = 512 // 2 + 7  # two along y and two along x, each with a halo on one side
+    one = working_bytes(weights, side**2, 3) + stack_bytes(64, side**2)
+    assert worker_bytes(plan, 1, threads=2) - worker_bytes(plan, 1, threads=1) == one
+    assert worker_bytes(plan, 1, threads=3) == worker_bytes(plan, 1, threads=1), "all three at one tile"
+    filtered = replace(plan, denoiser=Filter("mean", 1.0))
+    assert worker_bytes(filtered, 1, threads=2) == worker_bytes(filtered, 1, threads=1)
 
 
 def test_a_network_too_large_for_that_memory_gets_the_smallest_tiles() -> None:

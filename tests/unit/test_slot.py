@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -17,14 +19,14 @@ from torch._dynamo.testing import CompileCounter
 from nrrn_pipeline import Layout, Method, Options, open_volume
 from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.ledger import Ledger
-from nrrn_pipeline.network import Architecture, DenoisingNetwork, fastest_in_slot, in_slot
+from nrrn_pipeline.network import Architecture, DenoisingNetwork, cpu_lanes, fastest_in_slot, in_lanes, in_slot
 from nrrn_pipeline.network.nrrn import unit_step, unit_step_in_place
 from nrrn_pipeline.network.slot import CompiledStep
 from nrrn_pipeline.planning import plan_denoise
 from nrrn_pipeline.preparing import describe_weights, make_plan
 from nrrn_pipeline.run import run_plan
 from nrrn_pipeline.runners import run_serially
-from nrrn_pipeline.slab import WORST_LEVELS, SlabTask, denoise_voxels, in_lanes, load_network, sample_of
+from nrrn_pipeline.slab import WORST_LEVELS, SlabTask, denoise_voxels, load_network, sample_of
 from nrrn_pipeline.statistics import measure_box, merge_boxes
 from nrrn_pipeline.volume import read_box
 from tests.support import bare_zarr, image_like, tiny_network, tiny_weights
@@ -207,14 +209,31 @@ def test_a_compiled_step_is_one_for_windows_of_any_size() -> None:
     assert counted.frame_count <= 4  # of one centre and of two, and the first size that is seen
 
 
-def test_tiles_in_two_lanes_give_what_one_lane_gives(tmp_path: Path) -> None:
+def test_lanes_divide_tiles_and_threads_alike_lest_some_are_idle() -> None:
+    assert [cpu_lanes(threads, tiles) for threads, tiles in ((1, 4), (2, 4), (8, 6), (2, 9), (3, 4))] == [1, 2, 2, 1, 1]
+
+
+def test_lanes_share_the_threads_that_their_process_computes_with() -> None:
+    together, found = Barrier(2), []
+    before = torch.get_num_threads()
+    torch.set_num_threads(6)
+    try:
+        in_lanes(2, lambda _: (together.wait(), found.append(torch.get_num_threads())), range(2))
+        with ThreadPoolExecutor(1) as later:
+            assert (found, torch.get_num_threads(), later.submit(torch.get_num_threads).result()) == ([3, 3], 6, 6)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_tiles_in_two_lanes_give_what_one_lane_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_volume(bare_zarr(tmp_path / "in.zarr", image_like((5, 90, 80))))
     weights = describe_weights(tiny_weights(tmp_path / "w.safetensors"))
     plan = plan_denoise(source, str(tmp_path / "out.zarr"), weights, Layout(tile=40))
     task = SlabTask(plan.slabs[0], merge_boxes([measure_box(source, source.box)]))
     network = in_slot(tiny_network(), "cpu", 3)
     outputs = []
-    for network.lanes in (1, 2):
+    for lanes in (1, 2):
+        monkeypatch.setattr(network, "lanes", lambda _, lanes=lanes: lanes)
         outputs.append(denoise_voxels(read_box(source, source.box), task, network, plan))
     np.testing.assert_array_equal(*outputs)
 
