@@ -21,6 +21,7 @@ from nrrn_pipeline.cost import (
     seconds_to_run,
     worker_bytes,
 )
+from nrrn_pipeline.crew import Crew
 from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.geometry import Box
@@ -198,8 +199,8 @@ def _carry_out(
     made: Plan, options: Options, runner: Runner, watch: RunWatch, again: frozenset[str] = frozenset()
 ) -> Summary:
     started, resumed, done, voxels, peak, profile = perf_counter(), None, 0, 0, 0, Profile(made.stage)
-    there = len(runner.client.nthreads()) if isinstance(runner, DaskRunner) else 1
-    keeping = _keeping(made, options, there)
+    there = len(Crew(runner.client).places) if isinstance(runner, DaskRunner) else 1
+    keeping = _keeping(made, options, max(1, there))  # a lone worker may just be starting anew
     if options.share is None:
         run = run_plan(made, runner, options.device, options.overwrite, again, keeping)
     else:
@@ -214,6 +215,7 @@ def _carry_out(
                 if progress.record is not None:
                     done, peak = done + 1, max(peak, progress.record.peak_memory_bytes)
     finally:
+        run.close()  # before what is in flight is left alone
         if keeping:
             drop_shelf(keeping.run)  # this process's, if slabs were done here
     return Summary(made, len(made.slabs), resumed or 0, done, voxels, perf_counter() - started, peak, profile)
@@ -221,7 +223,7 @@ def _carry_out(
 
 def _keeping(made: Plan, options: Options, workers: int) -> Keeping | None:
     """For one run on so many workers: they keep what was asked for, or half of what memory leaves if that is known."""
-    if not options.keep_gb or not isinstance(made, DenoisePlan):
+    if not options.keep_gb or not isinstance(made, DenoisePlan) or isinstance(made.denoiser, Noise):
         return None
     settings, beside = options.cluster_settings, worker_bytes(made, options.slabs_each)
     most_bytes, each = int(options.keep_gb * 1e9), settings.memory_bytes if settings else None

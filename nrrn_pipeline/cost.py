@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -112,9 +113,6 @@ def _denoising_bytes(plan: DenoisePlan, at_once: int, threads: int) -> int:
     with the shard that is being encoded. Or, in the pass before, boxes of voxels whose slices are measured in float64.
     """
     slab = plan.slabs.largest()
-    tiles = list(plan.tiles(slab))
-    window_y, window_x = (max(len(cut.read) for cut in cuts) for cuts in zip(*tiles, strict=True))
-    pixels = window_y * window_x
     item = plan.source.itemsize
     voxels_in, voxels_out = slab.read.size * item, slab.keep.size * item
     fetched = fetched_voxels(plan.source, slab.read)
@@ -122,9 +120,7 @@ def _denoising_bytes(plan: DenoisePlan, at_once: int, threads: int) -> int:
     if plan.source.write_unit != plan.source.chunk:  # what is wanted of a shard comes in one piece
         decoding += fetched * item
     encoding = _encoding_bytes(plan.target, slab.keep.shape)
-    maps = stack_bytes(len(slab.read.z), pixels) + working_bytes(plan.denoiser, pixels, plan.method.images)
-    if isinstance(plan.denoiser, Weights) and plan.method.stitch == "crop":
-        maps *= cpu_lanes(threads, len(tiles))
+    maps = _tiles_bytes(plan, len(slab.read.z), threads)
     if plan.method.stitch == "blend" and not isinstance(plan.denoiser, Noise):
         # the sum, its mean, in grey levels, rounded: of float voxels in float64
         maps += (24 if plan.source.dtype == "float32" else 20) * slab.keep.size
@@ -135,6 +131,22 @@ def _denoising_bytes(plan: DenoisePlan, at_once: int, threads: int) -> int:
     moving = max(voxels_in + decoding, voxels_out + encoding)
     denoising = max(computing + (at_once - 1) * moving, at_once * moving)
     return PROCESS_BYTES + max(denoising, at_once * (measured + min(decoding, measured)))
+
+
+def _tiles_bytes(plan: DenoisePlan, slices: int, threads: int) -> int:
+    """Of the tiles that are estimated at a time: their slices, and what the network makes of them, of any slab."""
+    of_y, of_x = (
+        {(len(tiles), max(len(tile.read) for tile in tiles)) for tiles in map(plan.tiles_along, cuts)}
+        for cuts in plan.slabs.axes[1:]
+    )
+    most = 0
+    for (many_y, high), (many_x, wide) in product(of_y, of_x):
+        pixels = high * wide
+        one = stack_bytes(slices, pixels) + working_bytes(plan.denoiser, pixels, plan.method.images)
+        if isinstance(plan.denoiser, Weights) and plan.method.stitch == "crop":
+            one *= cpu_lanes(threads, many_y * many_x)
+        most = max(most, one)
+    return most
 
 
 def _encoding_bytes(target: Volume, slab: Shape) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -14,11 +14,12 @@ class Deal:
     A hand that comes later does so at once, and one that stops loses nothing: others take what it has left.
     """
 
-    def __init__(self, count: int, hands: int) -> None:
-        ends = [count * hand // hands for hand in range(hands + 1)]
-        self._parts = {hand: range(*ends[hand : hand + 2]) for hand in range(hands)}
+    def __init__(self, count: int, hands: Sequence[Hashable]) -> None:
+        many = max(1, len(hands))
+        ends = [count * number // many for number in range(many + 1)]
+        self._parts = {hand: range(*ends[number : number + 2]) for number, hand in enumerate(hands or [None])}
 
-    def take(self, hand: int) -> int | None:
+    def take(self, hand: Hashable) -> int | None:
         """The next number for a hand; None: all are taken."""
         part = self._parts.get(hand) or self._half_of_the_largest()
         self._parts[hand] = part[1:]
@@ -32,14 +33,14 @@ class Deal:
         return part[len(part) // 2 :]
 
 
-def dealt(items: Iterable[T], hands: int) -> Callable[[int], tuple[T] | None]:
+def dealt(items: Iterable[T], hands: Sequence[Hashable]) -> Callable[[Hashable], tuple[T] | None]:
     """What a hand gets next: of a sequence neighbours, else whatever comes; None: nothing is left."""
     if not isinstance(items, Sequence):
         stream = iter(items)
         return lambda _: next(((item,) for item in stream), None)
     deal = Deal(len(items), hands)
 
-    def following(hand: int) -> tuple[T] | None:
+    def following(hand: Hashable) -> tuple[T] | None:
         number = deal.take(hand)
         return None if number is None else (items[number],)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import prod
@@ -26,7 +27,7 @@ from nrrn_pipeline.stopwatch import note
 from nrrn_pipeline.volume import Volume, read_box
 
 KEEP_GB = 3.2  # of a worker, at most: all that is wanted again of slices of 4000 x 6000 voxels of two bytes
-IDLE_S = 3600.0  # after which a worker that is given no more slabs lets go of them
+IDLE_S = 600.0  # after which a worker that is given no more slabs lets go of them
 READ_SHARE = 8  # what is read at a time takes no more than this part of what may be held
 FREE_SHARE = 4  # what is held grows by no more than this part of what is free, each time
 AGAIN = 8  # slabs: no further back lies one that is tried again, or that another thread reads
@@ -45,13 +46,14 @@ class Keeping:
     most_bytes: int
     beside_bytes: int = 0
 
-    def room(self, held_bytes: int) -> int:
-        """Bytes that this process may hold now, of which it holds some: it takes no more than a part of what is free.
+    def room(self, held_bytes: int, for_others: int = 0) -> int:
+        """Bytes that this process may hold now, of which it holds some, and some more for other runs.
 
-        So that several processes on one machine that know nothing of each other leave room for all.
+        It takes no more than a part of what is free, so that several processes on one machine that know nothing of each
+        other leave room for all.
         """
-        within = max(0, memory_limit_bytes() - self.beside_bytes)
-        return min(self.most_bytes, within, held_bytes + free_memory_bytes() // FREE_SHARE)
+        within = min(self.most_bytes, memory_limit_bytes() - self.beside_bytes) - for_others
+        return max(0, min(within, held_bytes + free_memory_bytes() // FREE_SHARE))
 
 
 class Along:
@@ -182,7 +184,7 @@ class Shelf:
             voxels[parts[chunk].within(slab.read)] = self._kept[chunk][parts[chunk].within(self._whole(chunk))]
         while self._by_last_reader and self._by_last_reader[0][0] <= now:
             self._drop(heappop(self._by_last_reader)[1])
-        room = self.keeping.room(self.held_bytes)
+        room = self.keeping.room(self.held_bytes, _held_for_others(self))
         bands = self._bands([self._whole(chunk) for chunk in lacking], room // READ_SHARE)
         for band in bands or []:
             fetched = read_box(self.source, band)
@@ -255,28 +257,65 @@ class Shelf:
         return max(z + 1, z0), y0, x0
 
 
-_shelves: dict[str, tuple[Shelf, threading.Timer]] = {}  # of runs
+@dataclass
+class _Used:
+    """A run's shelf; how many slabs are being done with it, and since there is none, what will let go of it."""
+
+    shelf: Shelf
+    slabs: int = 0
+    timer: threading.Timer | None = None
+
+
+_shelves: dict[str, _Used] = {}  # of runs
 _choosing = threading.Lock()
 
 
-def shelf_of(source: Volume, slabs: Slabs, keeping: Keeping) -> Shelf:
-    """This process's, for a run; what nobody has asked for in IDLE_S is let go, whatever became of the driver.
+@contextmanager
+def using_shelf(source: Volume, slabs: Slabs, keeping: Keeping) -> Iterator[Shelf]:
+    """This process's for a run, while one of its slabs is done.
 
-    Each run has its own, as the source may have changed since the last.
+    Each run has its own, as the source may have changed since the last. One with which no slab is done goes when
+    another run's is made, or after IDLE_S, whatever became of the driver.
     """
     with _choosing:
-        shelf, timer = _shelves.get(keeping.run) or (Shelf(source, slabs, keeping), None)
-        if timer is not None:
-            timer.cancel()
-        timer = threading.Timer(IDLE_S, drop_shelf, [keeping.run])
-        timer.daemon = True
-        timer.start()
-        _shelves[keeping.run] = shelf, timer
-        return shelf
+        if keeping.run not in _shelves:
+            for run in [run for run, used in _shelves.items() if not used.slabs]:
+                _let_go(run)
+            _shelves[keeping.run] = _Used(Shelf(source, slabs, keeping))
+        used = _shelves[keeping.run]
+        used.slabs += 1
+        if used.timer is not None:
+            used.timer.cancel()
+    try:
+        yield used.shelf
+    finally:
+        with _choosing:
+            used.slabs -= 1
+            if not used.slabs and _shelves.get(keeping.run) is used:
+                used.timer = threading.Timer(IDLE_S, _drop_unused, [keeping.run])
+                used.timer.daemon = True
+                used.timer.start()
 
 
 def drop_shelf(run: str | None = None) -> None:
     """Let go of what this process keeps for a run, or for any."""
     with _choosing:
-        for each in list(_shelves) if run is None else [run] if run in _shelves else []:
-            _shelves.pop(each)[1].cancel()
+        for each in list(_shelves) if run is None else [run]:
+            _let_go(each)
+
+
+def _drop_unused(run: str) -> None:
+    with _choosing:
+        if run in _shelves and not _shelves[run].slabs:
+            _let_go(run)
+
+
+def _let_go(run: str) -> None:
+    used = _shelves.pop(run, None)
+    if used is not None and used.timer is not None:
+        used.timer.cancel()
+
+
+def _held_for_others(shelf: Shelf) -> int:
+    with _choosing:
+        return sum(used.shelf.held_bytes for used in _shelves.values() if used.shelf is not shelf)

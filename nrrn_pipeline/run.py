@@ -38,7 +38,7 @@ def run_plan(
     overwrite: bool = False,
     again: frozenset[str] = frozenset(),
     keeping: Keeping | None = None,
-) -> Iterator[Progress]:
+) -> Generator[Progress, None, None]:
     """Carry out a plan, or what is left of it, yielding its progress; when it ends, the output is complete.
 
     `overwrite` deletes an output that exists, but not an unfinished one with the same settings: that is resumed, so

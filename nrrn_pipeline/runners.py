@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 import uuid
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import distributed
 from distributed.comm.core import CommClosedError
 
+from nrrn_pipeline.crew import Crew
 from nrrn_pipeline.dealing import dealt
 from nrrn_pipeline.errors import GO_ON, InputError, NrrnError, RunError
 from nrrn_pipeline.machine import refuse_other_versions, versions
@@ -25,7 +26,9 @@ from nrrn_pipeline.places import adopt_options, options_text
 from nrrn_pipeline.retrying import is_refused, reason_of
 
 ATTEMPTS = 3  # of one item before it is set aside
+DEATHS = 1  # of workers that have an item, in an attempt
 POLL_S = 5.0  # how often a driver that waits looks whether there is anybody to wait for
+RESULT_S = 30.0  # for a record to come from its worker
 PATIENCE_S = 300.0  # without any worker, before a run is given up
 
 
@@ -99,97 +102,129 @@ class DaskRunner:
     def __call__(self, task: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Outcome]:
         """One outcome an item, as they finish. Whatever is in flight when the caller stops asking is cancelled.
 
-        An item whose worker died is tried again alone, when all others are done: it may have died of its neighbour.
-
-        A sequence is dealt to hands, one a worker, so that neighbours, which read much in common, follow each other:
-        the next item of a hand is sent when one of it is done, and Dask gives it to the worker that has just become
-        free. Where another one takes it, or workers come and go, that costs time alone.
+        Of a sequence each worker gets neighbours, which read much in common. An item whose workers died is tried again
+        alone, when all others are done: they may have died of its neighbour.
         """
-        there = partial(_as_the_driver, versions(), options_text(), task)
-        # keys of one group: Dask keeps account of every group for as long as anything runs
-        group, numbers = f"{_name_of(task)}-{uuid.uuid4().hex}", count()
-        finished = 0
-        again: list[tuple[Any, int]] = []
-        suspects: list[tuple[Any, int]] = []
-        running: dict[Any, tuple[Any, int, int]] = {}
+        sent, finished, deserted_s = None, 0, 0.0
         try:
-            resources = self._resources()
-            hands = max(1, len(self._workers()))
-            following, free, later = dealt(items, hands), deque[int](), count()
-
-            def start(item: Any, attempt: int, hand: int) -> None:
-                key = (group, next(numbers))
-                future = self.client.submit(there, item, key=key, pure=False, resources=resources)
-                running[future] = item, attempt, hand
-
+            sent = _Sent(self.client, task, items)
             while True:
-                at_once = max(1, self._places(resources))
-                while len(running) < at_once:
-                    hand = free.popleft() if free else next(later) % hands
-                    if again:
-                        start(*again.pop(), hand)
-                    elif one := following(hand):
-                        start(*one, 1, hand)
-                    else:
-                        break
-                if not running and suspects:
-                    start(*suspects.pop(), 0)
-                if not running:
+                sent.send()
+                if not sent.running:
                     return
-                for future in self._finished(list(running), resources, finished):
-                    item, attempt, hand = running.pop(future)
-                    free.append(hand)
-                    error = future.exception()
-                    result = None if error else future.result()
-                    # a wait that timed out may still refer to it: a worker that leaves would have it computed again
-                    future.release()
-                    if error is None:
-                        finished += 1
-                        yield Outcome(item, result)
-                        continue
-                    raise_permanent(error, item)
-                    if attempt == ATTEMPTS:
-                        yield Outcome(item, error=error)
-                    else:
-                        died = isinstance(error, distributed.KilledWorker)
-                        (suspects if died else again).append((item, attempt + 1))
+                if self.tend is not None:
+                    self.tend(finished)
+                ended = sent.ended()
+                deserted_s = 0.0 if ended or sent.crew.places else deserted_s + POLL_S
+                if deserted_s >= self.patience_s:
+                    raise RunError(f"the cluster has had no worker for {self.patience_s:.0f} s: start some; {GO_ON}")
+                for future in ended:
+                    if (outcome := sent.settle(future)) is not None:
+                        finished += outcome.error is None
+                        yield outcome
         except (distributed.CancelledError, CommClosedError, OSError) as error:  # items' own errors are not raised here
             raise RunError(f"the Dask scheduler is gone or was restarted; {GO_ON}") from error
         finally:
-            with suppress(Exception):  # of a scheduler that is gone there is nothing to cancel
-                self.client.cancel(list(running))
+            if sent is not None:
+                with suppress(Exception):  # of a scheduler that is gone there is nothing to cancel
+                    self.client.cancel(list(sent.running))
 
-    def _finished(self, running: list[Any], resources: dict[str, float] | None, finished: int) -> list[Any]:
-        """Some that have ended, as soon as there are any. Raises RunError if no worker is left to end them."""
-        deserted_s = 0.0
-        while deserted_s < self.patience_s:
-            if self.tend is not None:
-                self.tend(finished)
-            try:
-                return list(distributed.wait(running, timeout=POLL_S, return_when="FIRST_COMPLETED").done)
-            except TimeoutError:
-                deserted_s = 0.0 if self._places(resources) else deserted_s + POLL_S
-        raise RunError(f"the cluster has had no worker for {self.patience_s:.0f} s: start some; {GO_ON}")
 
-    def _places(self, resources: dict[str, float] | None) -> int:
-        """How many items can run now, one a thread, or two a GPU.
+@dataclass(frozen=True)
+class _Try:
+    """An item that is sent. deaths: of workers that had it in this attempt. address: who may do it; None: anybody."""
 
-        No more are sent: one that waits behind another is suspected too when that kills their worker.
-        """
-        workers = self._workers()
-        if resources:
-            return int(sum(worker.get("resources", {}).get("GPU", 0) for worker in workers) / resources["GPU"])
-        return sum(int(worker["nthreads"]) for worker in workers)
+    item: Any
+    attempt: int = 1
+    deaths: int = 0
+    address: str | None = None
 
-    def _resources(self) -> dict[str, float] | None:
-        """Half a GPU a task, on a cluster whose workers declare GPUs: while one slab computes the next is read."""
-        workers = self._workers()
-        return {"GPU": 0.5} if any("GPU" in worker.get("resources", {}) for worker in workers) else None
 
-    def _workers(self) -> list[dict[str, Any]]:
-        """Those that take items: not one that is paused because its time is nearly over."""
-        workers = self.client.scheduler_info(n_workers=-1).get("workers", {}).values()  # none of one that is gone
-        return [worker for worker in workers if worker.get("status", "running") == "running"]
+class _Sent:
+    """What workers have of some items, and what is left.
+
+    Each item is for one worker alone, of whom it is known what it has read; what has lost its worker is sent anew, as
+    Dask would wait for that worker for ever.
+    """
+
+    def __init__(self, client: distributed.Client, task: Callable[[Any], Any], items: Iterable[Any]) -> None:
+        self._client, self.crew = client, Crew(client)
+        self._there = partial(_as_the_driver, versions(), options_text(), task)
+        # keys of one group: Dask keeps account of every group for as long as anything runs
+        self._group, self._numbers = f"{_name_of(task)}-{uuid.uuid4().hex}", count()
+        self._following = dealt(items, [*self.crew.places])
+        self._again: list[_Try] = []
+        self._suspects: list[_Try] = []
+        self.running: dict[Any, _Try] = {}
+
+    def send(self) -> None:
+        """As much as workers can run at a time; what is suspected alone, when nothing else is left."""
+        self.crew.look()
+        self._take_back()
+        load = Counter(one.address for one in self.running.values())
+        while (address := self.crew.freest(load)) and (one := self._next(address)):
+            self._start(one)
+            load[address] += 1
+        if self.running:
+            return
+        if not self.crew.places and (one := self._next(None)):
+            self._start(one)  # for whoever comes
+        elif self._suspects:
+            self._start(self._suspects.pop())
+
+    def _next(self, address: str | None) -> _Try | None:
+        if self._again:
+            return replace(self._again.pop(), address=address)
+        one = self._following(address)
+        return None if one is None else _Try(*one, address=address)
+
+    def _start(self, one: _Try) -> None:
+        key, workers = (self._group, next(self._numbers)), one.address and [one.address]
+        resources = self.crew.resources
+        future = self._client.submit(self._there, one.item, key=key, pure=False, resources=resources, workers=workers)
+        self.running[future] = one
+
+    def _take_back(self) -> None:
+        """What has lost its worker."""
+        for future in [future for future, one in self.running.items() if self.crew.has_lost(one.address)]:
+            if not future.done():
+                future.release()
+                self._lost(self.running.pop(future))
+
+    def _lost(self, one: _Try) -> None:
+        deaths = one.deaths + (one.address is not None and self.crew.died(one.address))
+        if deaths > DEATHS:
+            self._suspects.append(_Try(one.item, min(one.attempt + 1, ATTEMPTS)))
+        else:
+            self._again.append(replace(one, deaths=deaths))
+
+    def ended(self) -> list[Any]:
+        """Some that have ended; none, if none does within POLL_S."""
+        try:
+            return list(distributed.wait(list(self.running), timeout=POLL_S, return_when="FIRST_COMPLETED").done)
+        except TimeoutError:
+            return []
+
+    def settle(self, future: Any) -> Outcome | None:
+        """Of one that has ended; None: it is tried again. Raises what no retry can mend."""
+        one = self.running.pop(future)
+        try:
+            error = future.exception(RESULT_S)
+            result = None if error else future.result(RESULT_S)
+        except TimeoutError:  # its worker went, and took the result along
+            self._lost(one)
+            return None
+        finally:
+            # a wait that timed out may still refer to it: a worker that leaves would have it computed again
+            future.release()
+        if error is None:
+            return Outcome(one.item, result)
+        raise_permanent(error, one.item)
+        if one.attempt == ATTEMPTS:
+            return Outcome(one.item, error=error)
+        died = isinstance(error, distributed.KilledWorker)
+        (self._suspects if died else self._again).append(_Try(one.item, one.attempt + 1))
+        return None
 
 
 def raise_permanent(error: BaseException, item: Any) -> None:

@@ -38,7 +38,7 @@ MERGING = "statistics"  # the claim of who merges what all have measured
 
 def run_share(
     plan: Plan, share: Share, runner: Runner, device: str = "auto", keeping: Keeping | None = None
-) -> Iterator[Progress]:
+) -> Generator[Progress, None, None]:
     """Do a share of the plan, and what other processes leave, until all is done; yields this process's progress.
 
     `keeping`: as in run_plan.

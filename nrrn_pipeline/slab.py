@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from time import perf_counter
@@ -20,7 +21,7 @@ from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.filters import Filter
 from nrrn_pipeline.geometry import Box, Cut, Span
-from nrrn_pipeline.keeping import Keeping, shelf_of
+from nrrn_pipeline.keeping import Keeping, Shelf, using_shelf
 from nrrn_pipeline.ledger import Record
 from nrrn_pipeline.network import (
     Network,
@@ -70,18 +71,16 @@ def denoise_slab(plan: DenoisePlan, device: str, task: SlabTask, keeping: Keepin
     Raises InputError if the weights, the device or the output are not the planned ones, RunError if the network gives
     numbers that are not finite, and whatever storage raises.
     """
-    slab, watch, arithmetic = task.slab, Stopwatch(), ""
-    if isinstance(plan.denoiser, Noise):
-        with watch.during("decode"):
-            noisy = read_box(plan.source, slab.keep)
-        with watch.during("prepare"):
-            denoised = plan.denoiser.added(noisy, slab.keep)
-    else:
-        denoised, arithmetic = _denoised(plan, device, task, watch, keeping)
-    record = store_slab(plan, slab, denoised, watch, arithmetic)
-    if keeping is not None:
-        shelf_of(plan.source, plan.slabs, keeping)  # a slab may take longer than a shelf is kept for nobody
-    return record
+    slab, watch = task.slab, Stopwatch()
+    with using_shelf(plan.source, plan.slabs, keeping) if keeping else nullcontext() as shelf:
+        if isinstance(plan.denoiser, Noise):
+            with watch.during("decode"):
+                noisy = read_box(plan.source, slab.keep)
+            with watch.during("prepare"):
+                denoised, arithmetic = plan.denoiser.added(noisy, slab.keep), ""
+        else:
+            denoised, arithmetic = _denoised(plan, device, task, watch, shelf)
+        return store_slab(plan, slab, denoised, watch, arithmetic)
 
 
 def denoise_part(plan: DenoisePlan, device: str, task: SlabTask) -> tuple[NDArray[Any], str]:
@@ -108,16 +107,13 @@ def part_slabs(plan: DenoisePlan, part: Box) -> Slabs:
 
 
 def _denoised(
-    plan: DenoisePlan, device: str, task: SlabTask, watch: Stopwatch, keeping: Keeping | None = None
+    plan: DenoisePlan, device: str, task: SlabTask, watch: Stopwatch, shelf: Shelf | None = None
 ) -> tuple[NDArray[Any], str]:
     """The denoised voxels of a slab, or what of them is wanted, and the precision; one slab computes at a time."""
     with watch.during("load"):
         network, arithmetic = load_network(plan, device)
     with watch.during("decode"):
-        if keeping is None:
-            noisy = read_box(plan.source, task.slab.read)
-        else:
-            noisy = shelf_of(plan.source, plan.slabs, keeping).read(task.slab)
+        noisy = read_box(plan.source, task.slab.read) if shelf is None else shelf.read(task.slab)
     with watch.during("wait"):
         computing.acquire()
     try:

@@ -87,6 +87,13 @@ def run(program: Program, source: str, output: str, weights: str) -> Run:
     return Run(seconds, peak, failure)
 
 
+def best_of(runs: Sequence[Run]) -> Run:
+    """The time of the fastest, with the most memory of any; or the last, if that failed."""
+    if runs[-1].failure:
+        return runs[-1]
+    return Run(min(each.seconds for each in runs), max(each.peak_bytes for each in runs))
+
+
 def _watch(process: subprocess.Popen[bytes]) -> int:
     """Wait for its end; the most bytes that it and its children held together. Interrupted, all of them are ended."""
     peak = 0

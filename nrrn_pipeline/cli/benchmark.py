@@ -38,6 +38,7 @@ def benchmark(
             metavar="NAME=COMMAND", help="A program to run beside; it is given a Zarr array, an output, the weights."
         ),
     ] = None,
+    turns: Annotated[int, typer.Option(help="How often each runs, one after the other; the best counts.")] = 1,
     device: Device = "auto",
     storage_options: StorageOptions = None,  # noqa: ARG001
 ) -> None:
@@ -46,6 +47,8 @@ def benchmark(
     Example: nrrn benchmark --shape 16,512,512 --units 2 --channels 16 --out speed
     """
     programs = parse_programs(against or [])
+    if turns < 1:
+        raise InputError(f"--turns {turns}: nothing would run; use 1 or more")
     folder = absolute(folder)
     size = parse_triple("shape", shape)
     random, weights = weights is None, weights or f"{folder}/{RANDOM}"
@@ -59,7 +62,7 @@ def benchmark(
     volume = open_volume(source) if source else make_volume(f"{folder}/source.ome.zarr", size or (64, 512, 512))
     if random:
         storage.write_file(weights, data)
-    found = run_benchmark(Task(volume, located(weights), folder, device), programs)
+    found = run_benchmark(Task(volume, located(weights), folder, device, turns), programs)
     facts = {
         "volume": f"{volume.url}, {by_text(volume.shape)} {volume.dtype}",
         "network": network_text(network),

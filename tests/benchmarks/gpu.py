@@ -160,7 +160,7 @@ def main() -> None:
     sides, depth = ((40, 64), 2) if given.small else ((270, 526, 1038), 16)
     torch.manual_seed(0)
     network = NRRN(units, channels).eval()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     tell("machine", device=name, torch=torch.__version__, python=platform.python_version())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

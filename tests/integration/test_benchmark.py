@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -56,6 +57,21 @@ def test_programs_are_timed_on_one_volume_and_their_outputs_compared(tmp_path: P
     assert "- network: 1 unit, 4 channels" in table
 
 
+def test_programs_take_turns_and_the_best_of_each_counts(tmp_path: Path, nrrn: Nrrn) -> None:
+    copy = f"sh -c 'echo >> {tmp_path}/ran; test ! -e $1 && cp -r {tmp_path}/b/nrrn.zarr $1' sh"  # $0 is the source
+    fails = f"sh -c 'echo >> {tmp_path}/failed; exit 3'"
+    words = ("--turns", 3, "--out", tmp_path / "b", "--against", f"copy={copy}", "--against", f"fails={fails}")
+    said = nrrn("benchmark", *SMALL, *words)
+    assert said.err.splitlines()[-1] == "nrrn: fails failed: see the table"
+    ours, copied, _ = json.loads((tmp_path / "b" / "benchmark.json").read_text())["programs"]
+    for each in (ours, copied):
+        assert len(each["turns_s"]) == 3
+        assert each["seconds"] == min(each["turns_s"])
+    assert copied["largest_difference"] == 0
+    assert (tmp_path / "ran").read_text() == "\n" * 3
+    assert (tmp_path / "failed").read_text() == "\n", "what fails is not tried again"
+
+
 def test_a_program_that_fails_or_gives_something_else_is_named(tmp_path: Path, nrrn: Nrrn) -> None:
     source, weights = (
         bare_zarr(tmp_path / "raw.zarr", image_like((3, 40, 44))),
@@ -95,6 +111,7 @@ def test_a_program_that_fails_or_gives_something_else_is_named(tmp_path: Path, n
         (("--shape", "0,4,4"), "shape 0,4,4 has no voxels"),
         (("--shape", "4,4"), "--shape '4,4' is not understood"),
         (("--units", "0"), "units 0 is not possible"),
+        (("--turns", "0"), "--turns 0: nothing would run; use 1 or more"),
     ],
 )
 def test_bad_words_are_one_line(tmp_path: Path, nrrn: Nrrn, words: tuple[str, ...], message: str) -> None:
@@ -155,3 +172,17 @@ def test_the_peers_give_our_output(
     found = json.loads((tmp_path / "b" / "benchmark.json").read_text())["programs"][1]
     assert found["far"] <= differing
     assert (found["largest_difference"] <= 1) == (name != "sliding-window")
+
+
+@needs_peers
+def test_all_that_is_measured_of_a_gpu_runs_to_its_end_without_one(tmp_path: Path) -> None:
+    words = [sys.executable, PEERS.parent / "gpu.py", "--small", "--vemden", INSTALLED, "--out", tmp_path / "gpu.json"]
+    alone = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, env=alone, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["off from float64, float32"]["rms"] < 1e-6
+    assert found["warnings"]["said"] == []
+    speeds = [facts["voxels_per_s"] for facts in found.values() if "voxels_per_s" in facts]
+    assert len(speeds) == 3 * 2 + 1, "three precisions, two sizes, and the authors' network"
+    assert min(speeds) > 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import prod
 
@@ -21,7 +23,7 @@ from nrrn_pipeline.keeping import (
     drop_shelf,
     fetched_by,
     kept_bytes,
-    shelf_of,
+    using_shelf,
 )
 from nrrn_pipeline.slabs import Slabs
 from nrrn_pipeline.volume import Volume
@@ -80,7 +82,7 @@ def cases(draw: st.DrawFn) -> Case:
 class Fixed(Keeping):
     """As much as asked for, whatever memory there is."""
 
-    def room(self, held_bytes: int) -> int:
+    def room(self, held_bytes: int, for_others: int = 0) -> int:
         return self.most_bytes
 
 
@@ -163,21 +165,45 @@ def test_of_another_run_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
     case = case_of((8, 8, 8), (4, 4, 4), (4, 4, 4), 1)
     monkeypatch.setattr(keeping, "read_box", case.read_box)
     first, second = Fixed("a", MUCH), Fixed("b", MUCH)
-    shelf_of(case.source, case.slabs, first).read(case.slabs[0])
-    assert shelf_of(case.source, case.slabs, first).held_bytes > 0
-    case.voxels[:] = 7
-    assert (shelf_of(case.source, case.slabs, second).read(case.slabs[1]) == 7).all()
-    drop_shelf("b")
-    assert shelf_of(case.source, case.slabs, first).held_bytes > 0, "two runs in one process have one each"
-    drop_shelf()
-    assert shelf_of(case.source, case.slabs, first).held_bytes == 0
+    with using_shelf(case.source, case.slabs, first) as of_first:
+        of_first.read(case.slabs[0])
+    with using_shelf(case.source, case.slabs, first) as again:
+        assert again is of_first
+        assert again.held_bytes > 0
+        case.voxels[:] = 7
+        with using_shelf(case.source, case.slabs, second) as of_second:
+            assert (of_second.read(case.slabs[1]) == 7).all()
+    with using_shelf(case.source, case.slabs, first) as again:
+        assert again is of_first, "two runs at work have one each"
+    with using_shelf(case.source, case.slabs, Fixed("c", MUCH)):
+        assert [*keeping._shelves] == ["c"], "of runs that are not at work nothing is kept"
+        drop_shelf()
+        assert not keeping._shelves
+
+
+def test_runs_in_one_process_hold_no_more_together_than_one_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_of((16, 16, 16), (4, 4, 4), (4, 4, 4), 1)
+    monkeypatch.setattr(keeping, "read_box", case.read_box)
+    monkeypatch.setattr(keeping, "free_memory_bytes", lambda: MUCH)
+    with ExitStack() as stack:
+        most = 20 * 4**3 * case.source.itemsize
+        shelves = [stack.enter_context(using_shelf(case.source, case.slabs, Keeping(run, most))) for run in "abc"]
+        for slab in case.slabs:
+            for shelf in shelves:
+                shelf.read(slab)
+                assert sum(each.held_bytes for each in shelves) <= most
+        assert shelves[0].held_bytes == 0, "the last slab's"
 
 
 def test_what_nobody_asks_for_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of((8, 8, 8), (4, 4, 4), (4, 4, 4), 1)
     monkeypatch.setattr(keeping, "IDLE_S", 0.01)
-    shelf_of(case.source, case.slabs, Fixed("a", MUCH))
-    keeping._shelves["a"][1].join(60)
+    with using_shelf(case.source, case.slabs, Fixed("a", MUCH)):
+        time.sleep(0.1)
+        assert [*keeping._shelves] == ["a"], "a slab takes as long as it takes"
+    timer = keeping._shelves["a"].timer
+    assert timer is not None
+    timer.join(60)
     assert keeping._shelves == {}
 
 
