@@ -133,7 +133,7 @@ def fetched_by(source: Volume, slabs: Slabs, most_bytes: int, workers: int = 1) 
     """Voxels that storage gives to workers that keep so much each, in whole chunks, each as often as it comes: at most.
 
     Of several workers each has neighbouring slabs, as many as the others: where two meet, both read, at most what lies
-    between two layers, two rows and two slabs.
+    between two layers, two rows and two slabs. What the faster take over from the slower, at the end, is not counted.
     """
     axes = along_axes(source, slabs)
     shared = axes_shared(source, slabs, most_bytes)

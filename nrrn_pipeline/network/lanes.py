@@ -12,6 +12,7 @@ import torch
 
 GPU_LANES = 2  # one tile is copied, or made ready, while the other computes
 CPU_LANES = 2  # each holds what the network makes of its tile
+START_S = 60.0  # for threads to start
 
 T = TypeVar("T")
 
@@ -44,7 +45,7 @@ def in_lanes(lanes: int, work: Callable[[T], object], items: Iterable[T]) -> Non
 @cache
 def _lanes(lanes: int, threads: int) -> ThreadPoolExecutor:
     """They live as long as the process: each has a stream of a GPU, and what was learnt of its algorithms."""
-    begun = Barrier(lanes + 1)
+    begun = Barrier(lanes + 1, timeout=START_S)
 
     def begin() -> None:
         torch.get_num_threads()  # takes what new threads get, which the first use of torch would do after the next line
