@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,8 @@ from tests.faults.proxy import FaultProxy, Request
 from tests.servers import ObjectStore
 from tests.support import image_like, stored_chunks, tiny_weights
 
-OPTIONS = Options(layout=Layout(chunk=(4, 32, 32), shard=(4, 64, 64), tile=64), cluster="serial", device="cpu")
+LAYOUT = Layout(chunk=(4, 32, 32), shard=(4, 64, 64), tile=64)
+OPTIONS = Options(layout=LAYOUT, cluster="serial", device="cpu", keep_gb=0)  # so that there are many requests
 SLABS = 16
 STALL_S = 30.0
 CASES = [
@@ -76,10 +77,10 @@ def proxy(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
         yield proxy
 
 
-def run(lab: Lab, name: str) -> NrrnError | OSError | None:
+def run(lab: Lab, name: str, options: Options = OPTIONS) -> NrrnError | OSError | None:
     """Denoise into the bucket; what it ended with."""
     try:
-        denoise("s3://lab/in.zarr", f"s3://lab/{name}", lab.weights, OPTIONS)
+        denoise("s3://lab/in.zarr", f"s3://lab/{name}", lab.weights, options)
     except (NrrnError, OSError) as error:
         return error
     return None
@@ -108,6 +109,17 @@ def test_at_least_a_thousand_faults_were_injected(lab: Lab) -> None:
     print(f"{sum(lab.injected.values())} faults", dict(lab.injected))
     assert sum(lab.injected.values()) >= 1000
     assert all(lab.injected[case] > 0 for case in CASES)
+
+
+@pytest.mark.parametrize("kind", ["500", "short", "flipped"])
+def test_chunks_that_are_kept_are_exact_too(lab: Lab, proxy: FaultProxy, kind: str) -> None:
+    kept = replace(OPTIONS, keep_gb=1.0)
+    proxy.inject(kind, rate=0.2, matching=lambda request: "/in.zarr/" in request.path)
+    error = run(lab, f"kept-{kind}", kept)
+    assert sum(proxy.injected.values()) > 5
+    proxy.clear()
+    assert error is None or run(lab, f"kept-{kind}", kept) is None
+    assert lab.output(f"kept-{kind}") == lab.expected
 
 
 def test_a_403_in_mid_run_ends_it_at_once_and_names_the_slab(lab: Lab, proxy: FaultProxy) -> None:

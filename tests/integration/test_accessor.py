@@ -140,7 +140,9 @@ def test_every_scheduler_gives_the_same(weights: Path, schedule: str) -> None:
         found = lazy.compute(scheduler="threads")
     else:
         with (
-            LocalCluster(n_workers=2, processes=False, dashboard_address=None, threads_per_worker=1) as cluster,
+            LocalCluster(
+                n_workers=2, processes=False, dashboard_address="127.0.0.1:0", threads_per_worker=1
+            ) as cluster,
             Client(cluster),
         ):
             found = lazy.compute()

@@ -152,8 +152,8 @@ def test_what_cannot_be_planned_stops_nothing_else(lab: Path, whole: Path) -> No
 def test_a_volume_too_large_for_memory_fails_alone(lab: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = cost.worker_bytes
 
-    def large(plan: DenoisePlan, at_once: int = 1) -> int:
-        return 2**60 if plan.source.url.endswith(name_of(1)) else real(plan, at_once)
+    def large(plan: DenoisePlan, *how: int) -> int:
+        return 2**60 if plan.source.url.endswith(name_of(1)) else real(plan, *how)
 
     monkeypatch.setattr(cost, "worker_bytes", large)
     results = run_batch(jobs_in(lab), SERIAL)

@@ -153,7 +153,7 @@ def who(item: int) -> str:
 def test_workers_get_neighbours_and_none_waits_for_another_and_who_comes_later_too() -> None:
     """Two at a time each, and as fast as the scheduler is: it would soon mix them."""
     with (
-        LocalCluster(1, threads_per_worker=2, processes=False, dashboard_address=None) as cluster,
+        LocalCluster(1, threads_per_worker=2, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster) as few,
     ):
         outcomes = []
