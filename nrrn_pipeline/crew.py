@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from time import monotonic
 from typing import Any
 
 from distributed import Client
 
 HALF_A_GPU = {"GPU": 0.5}  # for one item: while one slab computes, the next is read
-PAUSED_S = 300.0  # after which what a worker was given is given to others too
+PAUSED_S = 3600.0  # longer than any slab takes; a worker that is paused for that long may not have begun with it
 
 
 class Crew:
@@ -28,14 +29,16 @@ class Crew:
         self.resources: dict[str, float] | None = None
         self.places: dict[str, int] = {}
         self.look()
-        if any("GPU" in worker.get("resources", {}) for worker in self._workers.values()):
-            self.resources = HALF_A_GPU
-            self.look()
 
     def look(self) -> None:
-        """Ask the scheduler."""
-        info = self._client.scheduler_info(n_workers=-1)  # nothing, of one that is gone
-        self._workers = info.get("workers", self._workers)
+        """Ask the scheduler; of one that does not answer it is not known that anybody went."""
+        scheduler = self._client.scheduler
+        if scheduler is not None and self._client.status in ("running", "connecting"):
+            with suppress(OSError):
+                # not client.scheduler_info, whose answer is overwritten now and then by one without workers
+                self._workers = self._client.sync(scheduler.identity, n_workers=-1)["workers"]
+        if any("GPU" in worker.get("resources", {}) for worker in self._workers.values()):
+            self.resources = HALF_A_GPU
         self._last_status |= {address: worker.get("status", "running") for address, worker in self._workers.items()}
         taking = [address for address in self._workers if self._last_status[address] == "running"]
         self._taking |= dict.fromkeys(taking, monotonic())
@@ -59,6 +62,6 @@ class Crew:
             return False
         return address not in self._workers or monotonic() - self._taking[address] > PAUSED_S
 
-    def died(self, address: str) -> bool:
-        """Of one that is gone: whether it went without a word; one that has to go takes no more items first."""
-        return self._last_status[address] == "running"
+    def died(self, address: str | None) -> bool:
+        """Whether it went without a word; one that has to go takes no more items first."""
+        return address not in self._workers and self._last_status.get(address or "") == "running"

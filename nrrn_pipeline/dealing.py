@@ -21,15 +21,21 @@ class Deal:
 
     def take(self, hand: Hashable) -> int | None:
         """The next number for a hand; None: all are taken."""
-        part = self._parts.get(hand) or self._half_of_the_largest()
-        self._parts[hand] = part[1:]
+        part = self._parts.pop(hand, None) or self._half_of_the_largest()
+        self._leave(hand, part[1:])
         return part[0] if part else None
+
+    def _leave(self, hand: Hashable, part: range) -> None:
+        if part:
+            self._parts[hand] = part
 
     def _half_of_the_largest(self) -> range:
         """The later one: its hand goes on where it is."""
+        if not self._parts:
+            return range(0)
         hand = max(self._parts, key=lambda one: len(self._parts[one]))
-        part = self._parts[hand]
-        self._parts[hand] = part[: len(part) // 2]
+        part = self._parts.pop(hand)
+        self._leave(hand, part[: len(part) // 2])
         return part[len(part) // 2 :]
 
 

@@ -27,8 +27,10 @@ from nrrn_pipeline.retrying import is_refused, reason_of
 
 ATTEMPTS = 3  # of one item before it is set aside
 DEATHS = 1  # of workers that have an item, in an attempt
+LOSSES = 5  # of an item, in an attempt, for whatever reason
 POLL_S = 5.0  # how often a driver that waits looks whether there is anybody to wait for
 RESULT_S = 30.0  # for a record to come from its worker
+GONE = "its result went with its worker"
 PATIENCE_S = 300.0  # without any worker, before a run is given up
 
 
@@ -132,11 +134,15 @@ class DaskRunner:
 
 @dataclass(frozen=True)
 class _Try:
-    """An item that is sent. deaths: of workers that had it in this attempt. address: who may do it; None: anybody."""
+    """An item that is sent. address: who may do it; None: anybody.
+
+    deaths: of workers that had it in this attempt. losses: how often it was sent for nothing, whatever became of them.
+    """
 
     item: Any
     attempt: int = 1
     deaths: int = 0
+    losses: int = 0
     address: str | None = None
 
 
@@ -192,11 +198,11 @@ class _Sent:
                 self._lost(self.running.pop(future))
 
     def _lost(self, one: _Try) -> None:
-        deaths = one.deaths + (one.address is not None and self.crew.died(one.address))
-        if deaths > DEATHS:
+        deaths, losses = one.deaths + self.crew.died(one.address), one.losses + 1
+        if deaths > DEATHS or losses > LOSSES:
             self._suspects.append(_Try(one.item, min(one.attempt + 1, ATTEMPTS)))
         else:
-            self._again.append(replace(one, deaths=deaths))
+            self._again.append(replace(one, deaths=deaths, losses=losses))
 
     def ended(self) -> list[Any]:
         """Some that have ended; none, if none does within POLL_S."""
@@ -207,23 +213,29 @@ class _Sent:
 
     def settle(self, future: Any) -> Outcome | None:
         """Of one that has ended; None: it is tried again. Raises what no retry can mend."""
-        one = self.running.pop(future)
+        one, error, result = self.running.pop(future), None, None
+        gone = future.status == "lost"  # its worker went, and took the result along
         try:
-            error = future.exception(RESULT_S)
-            result = None if error else future.result(RESULT_S)
-        except TimeoutError:  # its worker went, and took the result along
-            self._lost(one)
-            return None
+            if not gone:
+                error = future.exception(RESULT_S)
+                result = None if error else future.result(RESULT_S)
+        except TimeoutError:
+            gone = True
         finally:
             # a wait that timed out may still refer to it: a worker that leaves would have it computed again
             future.release()
+        if gone and one.address is not None:
+            self._lost(one)
+            return None
+        if gone:
+            error = TimeoutError(GONE)
         if error is None:
             return Outcome(one.item, result)
         raise_permanent(error, one.item)
         if one.attempt == ATTEMPTS:
             return Outcome(one.item, error=error)
-        died = isinstance(error, distributed.KilledWorker)
-        (self._suspects if died else self._again).append(_Try(one.item, one.attempt + 1))
+        alone = gone or isinstance(error, distributed.KilledWorker)
+        (self._suspects if alone else self._again).append(_Try(one.item, one.attempt + 1))
         return None
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from nrrn_pipeline import crew
 from nrrn_pipeline.crew import Crew
-from nrrn_pipeline.runners import ATTEMPTS, Outcome, _Sent
+from nrrn_pipeline.runners import ATTEMPTS, GONE, LOSSES, Outcome, _Sent
 
 THREADS = 2
 
@@ -25,6 +25,7 @@ class Told:
     worker: str | None
     end: Callable[[], Any] | None = None
     released: bool = False
+    status: str = "finished"
 
     def done(self) -> bool:
         return self.end is not None
@@ -49,9 +50,20 @@ class Scheduler:
     workers: dict[str, str] = field(default_factory=dict)
     gpus: float | None = None
     sent: list[Told] = field(default_factory=list)
+    status: str = "running"
+    answers: bool = True
 
-    def scheduler_info(self, n_workers: int) -> dict[str, Any]:
+    @property
+    def scheduler(self) -> Scheduler:
+        return self
+
+    def sync(self, ask: Callable[..., Any], **how: Any) -> Any:
+        return ask(**how)
+
+    def identity(self, n_workers: int) -> dict[str, Any]:
         assert n_workers == -1, "all of them"
+        if not self.answers:
+            raise OSError("timed out")
         resources = {} if self.gpus is None else {"GPU": self.gpus}
         return {
             "workers": {
@@ -141,16 +153,18 @@ def test_what_a_worker_had_that_dies_is_given_to_another_and_then_tried_alone() 
     assert scheduler.held == []
 
 
-def test_a_worker_that_leaves_after_it_said_so_is_no_death() -> None:
-    scheduler = Scheduler(running("a"))
+def test_a_worker_that_leaves_after_it_said_so_is_no_death_but_not_for_ever() -> None:
+    """So does one that is short of memory, and is killed then."""
+    scheduler = Scheduler(running("0"))
     sent = sending(scheduler, [7])
-    for other, one in ("ab", "bc", "cd", "de"):
-        scheduler.workers = {other: "paused", **running(one)}
+    for number in range(LOSSES + 1):
+        assert scheduler.held == [(7, str(number))]
+        scheduler.workers = {str(number): "paused", **running(str(number + 1))}
         sent.send()
-        assert scheduler.held == [(7, other)], "it may finish what it has"
-        scheduler.workers = running(one)
+        assert scheduler.held == [(7, str(number))], "it may finish what it has"
+        scheduler.workers = running(str(number + 1))
         sent.send()
-        assert scheduler.held == [(7, one)]
+    assert scheduler.held == [(7, None)]
 
 
 def test_what_a_paused_worker_does_not_end_is_given_to_others_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,18 +179,22 @@ def test_what_a_paused_worker_does_not_end_is_given_to_others_in_time(monkeypatc
     assert scheduler.held == [(7, "b")]
 
 
-def test_a_result_that_went_with_its_worker_is_made_again() -> None:
+@pytest.mark.parametrize("how", ["late", "lost"])
+def test_a_result_that_went_with_its_worker_is_made_again_so_many_times(how: str) -> None:
     def gone() -> Any:
         raise TimeoutError
 
     scheduler = Scheduler(running("a"))
     sent = sending(scheduler, [7])
-    (told,) = scheduler.sent
-    told.end = gone
-    assert sent.settle(told) is None
-    sent.send()
-    assert scheduler.held == [(7, "a")]
-    assert ends(sent, scheduler, 7, "seven") == Outcome(7, "seven")
+    outcomes: list[Outcome] = []
+    for address in ["a"] * (LOSSES + 1) + [None] * (ATTEMPTS - 1):
+        assert scheduler.held == [(7, address)]
+        told = scheduler.sent[-1]
+        told.end, told.status = gone, "lost" if how == "lost" else "finished"
+        outcomes += filter(None, [sent.settle(told)])
+        sent.send()
+    assert scheduler.held == []
+    assert [str(outcome.error) for outcome in outcomes] == [GONE]
 
 
 def test_without_workers_one_item_waits_for_whoever_comes() -> None:
@@ -192,9 +210,16 @@ def test_without_workers_one_item_waits_for_whoever_comes() -> None:
     assert scheduler.held == [(0, None)], "and nothing waits for one that is gone"
 
 
-def test_a_scheduler_that_says_nothing_loses_no_worker() -> None:
+def test_a_scheduler_that_does_not_answer_loses_no_worker() -> None:
     scheduler = Scheduler(running("a"))
     seen = Crew(scheduler)  # type: ignore[arg-type]
-    scheduler.scheduler_info = lambda n_workers: {}  # type: ignore[method-assign]
+    scheduler.answers, scheduler.workers = False, {}
     seen.look()
     assert (seen.places, seen.has_lost("a")) == ({"a": THREADS}, False)
+    scheduler.answers, scheduler.status = True, "closed"
+    seen.look()
+    assert not seen.has_lost("a")
+    scheduler.status = "running"
+    seen.look()
+    assert seen.has_lost("a")
+    assert seen.died("a")
