@@ -58,7 +58,7 @@ def test_programs_are_timed_on_one_volume_and_their_outputs_compared(tmp_path: P
 
 
 def test_programs_take_turns_and_the_best_of_each_counts(tmp_path: Path, nrrn: Nrrn) -> None:
-    copy = f"sh -c 'echo >> {tmp_path}/ran; test ! -e $1 && cp -r {tmp_path}/b/nrrn.zarr $1' sh"  # $0 is the source
+    copy = f"sh -c 'echo >> {tmp_path}/ran; test ! -e $2 && cp -r {tmp_path}/b/nrrn.zarr $2' sh"
     fails = f"sh -c 'echo >> {tmp_path}/failed; exit 3'"
     words = ("--turns", 3, "--out", tmp_path / "b", "--against", f"copy={copy}", "--against", f"fails={fails}")
     said = nrrn("benchmark", *SMALL, *words)
