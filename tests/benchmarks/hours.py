@@ -42,7 +42,7 @@ def main(sustained: float = 100.0) -> None:
                 print(
                     f"| {teravoxels:g} | {name} | {cost.slabs:,} | {cost.fetched_bytes / 1e12:.1f} | "
                     f"{cost.written_bytes / 1e12:.1f} | {found.seconds / 3600:,.0f} | "
-                    f"{cost.flop / sustained / 1e12 / 3600:,.2g} |",
+                    f"{cost.flop / sustained / 1e12 / 3600:,.3g} |",
                     flush=True,
                 )
 
