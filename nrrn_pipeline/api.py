@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from time import perf_counter
-from uuid import uuid4
 
 from nrrn_pipeline import storage
 from nrrn_pipeline.checking import GROWTH_BROKE_OFF, Status, check, status
@@ -21,14 +20,12 @@ from nrrn_pipeline.cost import (
     seconds_to_run,
     worker_bytes,
 )
-from nrrn_pipeline.crew import Crew
 from nrrn_pipeline.denoisers import Weights
 from nrrn_pipeline.errors import InputError, RunError
 from nrrn_pipeline.geometry import Box
-from nrrn_pipeline.keeping import Keeping, drop_shelf
+from nrrn_pipeline.keeping import drop_shelf
 from nrrn_pipeline.lease import wait_for_end
 from nrrn_pipeline.ledger import Ledger
-from nrrn_pipeline.machine import free_memory_bytes, threads_each
 from nrrn_pipeline.network import (
     NRRN,
     Network,
@@ -43,7 +40,7 @@ from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.planning import DenoisePlan, Method, plan_denoise
-from nrrn_pipeline.preparing import Location, make_plan, plan_for, shape_of
+from nrrn_pipeline.preparing import Location, keeping_for, make_plan, plan_for, shape_of
 from nrrn_pipeline.profiling import Profile
 from nrrn_pipeline.progress import Progress
 from nrrn_pipeline.pyramid import plan_pyramid, refuse_foreign
@@ -137,7 +134,7 @@ def forecast_of(made: DenoisePlan, options: Options) -> Forecast:
     """What a plan will take with these options; runs one tile for a few seconds."""
     workers = _workers([made], options)
     network = _in_slot(made, options.device if options.here else "auto")
-    keeping = _keeping(made, options, workers)
+    keeping = keeping_for(made, options, workers)
     kept = keeping.most_bytes if keeping else 0
     cost = cost_of(made, options.slabs_each, known_statistics(made) is not None, workers, kept)
     return Forecast(made, cost, workers, seconds_to_run(made, network, workers))
@@ -199,8 +196,7 @@ def _carry_out(
     made: Plan, options: Options, runner: Runner, watch: RunWatch, again: frozenset[str] = frozenset()
 ) -> Summary:
     started, resumed, done, voxels, peak, profile = perf_counter(), None, 0, 0, 0, Profile(made.stage)
-    there = len(Crew(runner.client).places) if isinstance(runner, DaskRunner) else 1
-    keeping = _keeping(made, options, max(1, there))  # a lone worker may just be starting anew
+    keeping = keeping_for(made, options, runner.workers if isinstance(runner, DaskRunner) else 1)
     if options.share is None:
         run = run_plan(made, runner, options.device, options.overwrite, again, keeping)
     else:
@@ -219,20 +215,6 @@ def _carry_out(
         if keeping:
             drop_shelf(keeping.run)  # this process's, if slabs were done here
     return Summary(made, len(made.slabs), resumed or 0, done, voxels, perf_counter() - started, peak, profile)
-
-
-def _keeping(made: Plan, options: Options, workers: int) -> Keeping | None:
-    """For one run on so many workers: they keep what was asked for, or half of what memory leaves if that is known."""
-    if not options.keep_gb or not isinstance(made, DenoisePlan) or isinstance(made.denoiser, Noise):
-        return None
-    settings, beside = options.cluster_settings, worker_bytes(made, options.slabs_each)
-    most_bytes, each = int(options.keep_gb * 1e9), settings.memory_bytes if settings else None
-    if options.here:
-        beside = worker_bytes(made, options.slabs_each, threads_each(workers))
-        each = free_memory_bytes() // workers
-    if each is not None:
-        most_bytes = max(0, min(most_bytes, (each - beside) // 2))
-    return Keeping(uuid4().hex, most_bytes, beside)
 
 
 def add_noise(

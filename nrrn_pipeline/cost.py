@@ -9,7 +9,7 @@ from typing import Any
 
 from nrrn_pipeline.denoisers import Weights, stack_bytes, working_bytes
 from nrrn_pipeline.errors import InputError
-from nrrn_pipeline.geometry import Box, Shape, Span
+from nrrn_pipeline.geometry import Box, Shape
 from nrrn_pipeline.keeping import fetched_by, kept_bytes
 from nrrn_pipeline.machine import cores, free_memory_bytes, threads_each
 from nrrn_pipeline.network import CPU_LANES, Network, cpu_lanes, seconds_per_pixel
@@ -83,13 +83,10 @@ def cost_of(plan: DenoisePlan, at_once: int = 1, measured: bool = False, workers
 
 def fetched_voxels(volume: Volume, box: Box) -> int:
     """Voxels in all chunks that a box touches: what storage delivers and the CPU decodes."""
-    return prod(_touched(volume, span, axis) for axis, span in enumerate(box.spans))
-
-
-def _touched(volume: Volume, span: Span, axis: int) -> int:
-    """Voxels along z, y or x (0, 1, 2) of the chunks that hold a span of these."""
-    chunk, length = volume.chunk[axis], volume.shape[axis]
-    return min(-(-span.stop // chunk) * chunk, length) - span.start // chunk * chunk
+    return prod(
+        min(-(-span.stop // chunk) * chunk, length) - span.start // chunk * chunk
+        for span, chunk, length in zip(box.spans, volume.chunk, volume.shape, strict=True)
+    )
 
 
 def worker_bytes(plan: Plan, at_once: int = 1, threads: int = CPU_LANES) -> int:

@@ -6,19 +6,24 @@ import os
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from uuid import uuid4
 
+from nrrn_pipeline.cost import worker_bytes
 from nrrn_pipeline.denoisers import Weights, filter_for
 from nrrn_pipeline.errors import InputError
 from nrrn_pipeline.filters import FILTERS, Filter
 from nrrn_pipeline.geometry import Shape
+from nrrn_pipeline.keeping import Keeping
 from nrrn_pipeline.ledger import Ledger
-from nrrn_pipeline.network import architecture_of, bytes_hash, choose_device, parse_header
+from nrrn_pipeline.machine import free_memory_bytes, threads_each
+from nrrn_pipeline.network import CPU_LANES, architecture_of, bytes_hash, choose_device, parse_header
+from nrrn_pipeline.noise import Noise
 from nrrn_pipeline.options import Options
 from nrrn_pipeline.places import absolute
 from nrrn_pipeline.planning import DenoisePlan, Method, plan_denoise
 from nrrn_pipeline.run import resumable
 from nrrn_pipeline.shipped import located, read_weights
-from nrrn_pipeline.slabs import Layout
+from nrrn_pipeline.slabs import Layout, Plan
 from nrrn_pipeline.volume import Volume, open_volume
 
 Location = str | os.PathLike[str]
@@ -89,3 +94,17 @@ def shape_of(sizes: list[int]) -> Shape:
     """Three sizes as they stand in JSON."""
     z, y, x = (int(size) for size in sizes)
     return z, y, x
+
+
+def keeping_for(made: Plan, options: Options, workers: int) -> Keeping | None:
+    """For one run on so many workers: they keep what was asked for, or half of what memory leaves if that is known."""
+    if not options.keep_gb or not isinstance(made, DenoisePlan) or isinstance(made.denoiser, Noise):
+        return None
+    beside = worker_bytes(made, options.slabs_each, threads_each(workers) if options.here else CPU_LANES)
+    settings = options.cluster_settings
+    most_bytes, each = int(options.keep_gb * 1e9), settings.memory_bytes if settings else None
+    if options.here:
+        each = free_memory_bytes() // workers
+    if each is not None:
+        most_bytes = max(0, min(most_bytes, (each - beside) // 2))
+    return Keeping(uuid4().hex, most_bytes, beside)

@@ -101,6 +101,11 @@ class DaskRunner:
     tend: Callable[[int], None] | None = None
     patience_s: float = PATIENCE_S
 
+    @property
+    def workers(self) -> int:
+        """How many take items now; at least one, as a lone one may just be starting anew."""
+        return max(1, len(Crew(self.client).places))
+
     def __call__(self, task: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Outcome]:
         """One outcome an item, as they finish. Whatever is in flight when the caller stops asking is cancelled.
 

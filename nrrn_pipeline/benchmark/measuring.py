@@ -147,7 +147,7 @@ def network_alone(plan: DenoisePlan, device: str) -> tuple[float, str]:
     """
     options = Options(device=device, prefetch=False)
     with open_runner([plan], options) as (runner, where):
-        at_once = len(runner.client.nthreads()) if isinstance(runner, DaskRunner) else 1
+        at_once = runner.workers if isinstance(runner, DaskRunner) else 1
         speeds = []
         for outcome in runner(partial(_alone, plan, device), range(at_once)):
             if outcome.error is not None:
