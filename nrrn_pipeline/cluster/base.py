@@ -12,6 +12,12 @@ from pydantic import BaseModel, ConfigDict
 from nrrn_pipeline.runners import PATIENCE_S
 
 DASHBOARD_PORT = 8787
+# of Dask, for schedulers and workers of every kind of cluster
+DASK_CONFIG = {
+    "distributed.scheduler.allowed-failures": 1,  # deaths of workers an attempt; the runner makes three
+    # it would sample all stacks 100 times a second, and keep 1000 s of them: 130 MB of each worker, in no plan
+    "distributed.worker.profile.enabled": False,
+}
 
 
 class ClusterSettings(BaseModel):

@@ -26,7 +26,7 @@ import psutil
 from distributed import Client, Security
 from distributed.core import Status
 
-from nrrn_pipeline.cluster.base import DASHBOARD_PORT, Cluster, free_port, process_environment
+from nrrn_pipeline.cluster.base import DASHBOARD_PORT, DASK_CONFIG, Cluster, free_port, process_environment
 from nrrn_pipeline.cluster.jobqueue_settings import JobQueueSettings
 from nrrn_pipeline.cluster.keys import make_keys, security_from
 from nrrn_pipeline.cluster.worker import GRACE_S, STOP_AT, STOP_WITHIN_S
@@ -35,11 +35,6 @@ from nrrn_pipeline.errors import GO_ON, InputError, RunError
 TEND_S = 5.0  # between two looks at the jobs
 ANSWER_S = 10.0  # for a batch system to list them
 REFUSALS = 60  # in a row, when no job is left, before a run is given up
-DASK_CONFIG = {
-    "distributed.scheduler.allowed-failures": 1,  # deaths of workers an attempt; the runner makes three
-    # Dask would cancel and forget the job of a worker that is away for 15 s
-    "distributed.deploy.lost-worker-timeout": "365 days",
-}
 
 
 @contextmanager
@@ -54,7 +49,8 @@ def jobqueue_cluster(settings: JobQueueSettings, slabs_each: int) -> Iterator[Cl
     """
     _refuse_what_is_missing(settings)
     with (
-        dask.config.set(DASK_CONFIG),
+        # Dask would cancel and forget the job of a worker that is away for 15 s
+        dask.config.set({**DASK_CONFIG, "distributed.deploy.lost-worker-timeout": "365 days"}),
         _log_folder(settings) as logs,
         _security(settings, logs) as security,
         _scheduler(settings, slabs_each, logs, security) as cluster,
@@ -178,6 +174,7 @@ def _environment(settings: JobQueueSettings) -> list[str]:
     names = {
         GRACE_S: str(settings.grace),
         "DASK_DISTRIBUTED__COMM__REQUIRE_ENCRYPTION": "true",
+        "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "false",
         **process_environment(settings.cores),
     }
     lines = [f"export {name}={shlex.quote(value)}" for name, value in names.items()]

@@ -12,7 +12,7 @@ import dask
 from distributed import Client, LocalCluster
 from pydantic import Field, model_validator
 
-from nrrn_pipeline.cluster.base import DASHBOARD_PORT, ClusterSettings, free_port, process_environment
+from nrrn_pipeline.cluster.base import DASHBOARD_PORT, DASK_CONFIG, ClusterSettings, free_port, process_environment
 from nrrn_pipeline.cluster.worker import GPUS
 from nrrn_pipeline.errors import RunError
 from nrrn_pipeline.machine import threads_each
@@ -45,10 +45,10 @@ def local_client(workers: int, slabs_each: int = 1, gpus: int = 0, processes: bo
     """
     environment = process_environment(threads_each(workers))
     settings = {
+        **DASK_CONFIG,
         "distributed.worker.multiprocessing-method": "spawn",
         # else a worker that is being restarted just then is dropped, and with the last one the run would hang
         "distributed.deploy.lost-worker-timeout": "1 hour",
-        "distributed.scheduler.allowed-failures": 1,  # deaths of workers an attempt; the runner makes three
         "distributed.worker.preload": ["nrrn_pipeline.cluster.worker"] if processes else [],
         "distributed.nanny.pre-spawn-environ": environment,
     }

@@ -20,7 +20,14 @@ from distributed.core import Status
 from distributed.deploy.ssh import Worker
 from pydantic import AfterValidator, Field, model_validator
 
-from nrrn_pipeline.cluster.base import DASHBOARD_PORT, Cluster, ClusterSettings, free_port, process_environment
+from nrrn_pipeline.cluster.base import (
+    DASHBOARD_PORT,
+    DASK_CONFIG,
+    Cluster,
+    ClusterSettings,
+    free_port,
+    process_environment,
+)
 from nrrn_pipeline.cluster.jobqueue_settings import Word
 from nrrn_pipeline.cluster.keys import HOST_NAME, security_from
 from nrrn_pipeline.errors import InputError
@@ -106,6 +113,7 @@ def _configuration(settings: SshSettings, security: Security) -> dict[str, Any]:
     """Of Dask, here and, as SSHCluster's workers take it along, on the hosts."""
     tls = security.get_tls_config_for_role("worker")
     return {
+        **DASK_CONFIG,
         "distributed.comm.require-encryption": True,
         "distributed.comm.default-scheme": "tls",
         "distributed.comm.tls.ca-file": tls["ca_file"],
@@ -113,7 +121,6 @@ def _configuration(settings: SshSettings, security: Security) -> dict[str, Any]:
         "distributed.nanny.pre-spawn-environ": process_environment(settings.cores),
         "distributed.worker.multiprocessing-method": "spawn",
         "distributed.worker.preload": ["nrrn_pipeline.cluster.worker"],
-        "distributed.scheduler.allowed-failures": 1,  # deaths of workers an attempt; the runner makes three
         "distributed.deploy.lost-worker-timeout": "365 days",
     }
 

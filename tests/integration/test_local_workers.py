@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import dask
 import pytest
 from distributed import Client
 
@@ -33,6 +34,12 @@ def test_a_single_gpu_is_left_as_it_is(gpus: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with local_client(1, gpus=gpus) as client:
         assert gpus_of(client) == [None]
+
+
+def test_workers_and_their_scheduler_keep_no_profiles_which_no_plan_counts() -> None:
+    with local_client(2) as client:
+        assert not any(client.run(lambda dask_worker: "profile" in dask_worker.periodic_callbacks).values())
+        assert not client.run_on_scheduler(dask.config.get, "distributed.worker.profile.enabled")
 
 
 def test_threads_give_the_bytes_of_processes(tmp_path: Path) -> None:

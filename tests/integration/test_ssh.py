@@ -114,6 +114,7 @@ def test_workers_speak_tls_have_their_settings_and_end_with_the_cluster(sshd: Ss
         environments = cluster.client.run(lambda: dict(os.environ)).values()
         assert {environment["OMP_NUM_THREADS"] for environment in environments} == {"3"}
         assert {environment["CUDA_VISIBLE_DEVICES"] for environment in environments} == {"0", "1"}
+        assert not any(cluster.client.run(lambda dask_worker: "profile" in dask_worker.periodic_callbacks).values())
         pids = list(cluster.client.run(os.getpid).values())
         assert "1 host over ssh, dashboard http://127.0.0.1:" in cluster.where
         encrypted = {int(address.rpartition(":")[2]) for address in workers}
