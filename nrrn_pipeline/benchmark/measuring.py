@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from statistics import fmean
 from time import perf_counter
 from typing import Any
 
@@ -32,8 +33,7 @@ FEW, MORE = 2, 6  # slices of a stack: what it takes beside its slices, and what
 class Task:
     """What all programs are given: a volume, weights, a folder for outputs, and the device for ours.
 
-    turns: how often all of them run, and the network alone before them; the best of each counts, as other users of a
-    machine only ever make it slower.
+    turns: how often all of them run; the best of each counts, as other users of a machine only ever make it slower.
     """
 
     source: Volume
@@ -65,17 +65,33 @@ class Measured:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """All programs, ours first; alone: voxels a second of the network, on what `where` says."""
+    """All programs, ours first.
+
+    alone: voxels a second of the network, on what `where` says, just before and just after each run of ours: a machine
+    may be half as fast an hour later.
+    """
 
     measured: tuple[Measured, ...]
-    alone: float
+    alone: tuple[tuple[float, float], ...]
     where: str
 
     @property
-    def efficiency(self) -> float | None:
-        """Our whole program's speed as a share of the network's own; None if it failed."""
+    def efficiencies(self) -> tuple[float, ...]:
+        """Our whole program's speed as a share of the network's own, turn by turn; none if it failed."""
         ours = self.measured[0]
-        return None if ours.run.failure else ours.speed / self.alone
+        if ours.run.failure:
+            return ()
+        return tuple(ours.voxels / each / fmean(alone) for each, alone in zip(ours.turns, self.alone, strict=True))
+
+    @property
+    def efficiency(self) -> float | None:
+        """The mean of all turns; None if ours failed."""
+        return fmean(self.efficiencies) if self.efficiencies else None
+
+    @property
+    def speed_alone(self) -> float:
+        """The mean of all, in voxels a second."""
+        return fmean(speed for turn in self.alone for speed in turn)
 
     def facts(self) -> dict[str, Any]:
         """As JSON."""
@@ -85,12 +101,13 @@ class Benchmark:
             | {"largest_difference": each.most, "far": each.far}
             for each in self.measured
         ]
-        alone = {"voxels_per_s": self.alone, "where": self.where, "efficiency": self.efficiency}
+        alone = {"voxels_per_s": self.speed_alone, "where": self.where, "efficiency": self.efficiency}
+        alone |= {"before_and_after_each_turn": self.alone, "efficiency_by_turn": self.efficiencies}
         return {"programs": programs, "network_alone": alone}
 
 
 def run_benchmark(task: Task, programs: Sequence[Program]) -> Benchmark:
-    """Time the network alone, run ours, then each of the others into folder/NAME.zarr, and all again for each turn.
+    """Run ours, the network alone timed before and after it, then each other into folder/NAME.zarr; so for each turn.
 
     Raises InputError if the volume or the weights cannot be used, or an output exists.
     """
@@ -100,25 +117,29 @@ def run_benchmark(task: Task, programs: Sequence[Program]) -> Benchmark:
         if storage.exists(url):
             raise InputError(f"{url} exists: choose another --out")
     plan = make_plan(task.source.group_url, outputs[OURS], task.weights, Options(device=task.device))
-    everyone, alone, where = (ours(task.device), *programs), 0.0, ""
-    runs: dict[str, list[Run]] = {program.name: [] for program in everyone}
-    for turn in range(task.turns):
-        speed, where = network_alone(plan, task.device)
-        alone = max(alone, speed)
-        for program in everyone:
-            done = runs[program.name]
-            if turn and done[-1].failure:
-                continue
-            storage.remove_tree(outputs[program.name])
-            source = task.source.group_url if program.name == OURS else task.source.url
-            done.append(run(program, source, outputs[program.name], task.weights))
+    runs: dict[str, list[Run]] = {name: [] for name in names}
+    alone: list[tuple[float, float]] = []
+    for _ in range(task.turns):
+        before, where = network_alone(plan, task.device)
+        _run_again(ours(task.device), task.source.group_url, outputs[OURS], task.weights, runs[OURS])
+        alone.append((before, network_alone(plan, task.device)[0]))
+        for program in programs:
+            _run_again(program, task.source.url, outputs[program.name], task.weights, runs[program.name])
     found: list[Measured] = []
     for name, done in runs.items():
         measured = Measured(name, best_of(done), task.source.box.size, tuple(each.seconds for each in done))
         if found and not measured.run.failure and not found[0].run.failure:
             measured = compared(measured, outputs[OURS], outputs[name])
         found.append(measured)
-    return Benchmark(tuple(found), alone, where)
+    return Benchmark(tuple(found), tuple(alone), where)
+
+
+def _run_again(program: Program, source: str, output: str, weights: str, done: list[Run]) -> None:
+    """Unless it has failed before."""
+    if done and done[-1].failure:
+        return
+    storage.remove_tree(output)
+    done.append(run(program, source, output, weights))
 
 
 def compared(measured: Measured, ours_url: str, url: str) -> Measured:

@@ -66,8 +66,8 @@ def benchmark(
     facts = {
         "volume": f"{volume.url}, {by_text(volume.shape)} {volume.dtype}",
         "network": network_text(network),
-        "network alone": f"{found.alone / 1e6:.4f} million voxels/s on {found.where}",
-        "our whole program": "failed" if found.efficiency is None else f"{found.efficiency:.1%} of that",
+        "network alone": f"{found.speed_alone / 1e6:.4f} million voxels/s on {found.where}",
+        "our whole program": "failed" if found.efficiency is None else f"{found.efficiency:.1%} of it, turn by turn",
         "machine": f"{platform.machine()}, {platform.system()}, torch {version('torch')}, {date.today()}",
         "command": shlex.join(["nrrn", *sys.argv[1:]]),
     }

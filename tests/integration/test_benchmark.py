@@ -51,7 +51,10 @@ def test_programs_are_timed_on_one_volume_and_their_outputs_compared(tmp_path: P
     assert found["programs"][1]["largest_difference"] <= 1
     assert found["programs"][1]["far"] == 0
     alone = found["network_alone"]
+    ((before, after),) = alone["before_and_after_each_turn"]
+    assert alone["voxels_per_s"] == pytest.approx((before + after) / 2)
     assert alone["efficiency"] == pytest.approx(found["programs"][0]["voxels_per_s"] / alone["voxels_per_s"])
+    assert alone["efficiency_by_turn"] == [alone["efficiency"]]
     table = (tmp_path / "b" / "benchmark.md").read_text()
     assert table.startswith("| program | seconds |")
     assert "- network: 1 unit, 4 channels" in table
@@ -63,7 +66,13 @@ def test_programs_take_turns_and_the_best_of_each_counts(tmp_path: Path, nrrn: N
     words = ("--turns", 3, "--out", tmp_path / "b", "--against", f"copy={copy}", "--against", f"fails={fails}")
     said = nrrn("benchmark", *SMALL, *words)
     assert said.err.splitlines()[-1] == "nrrn: fails failed: see the table"
-    ours, copied, _ = json.loads((tmp_path / "b" / "benchmark.json").read_text())["programs"]
+    found = json.loads((tmp_path / "b" / "benchmark.json").read_text())
+    ours, copied, _ = found["programs"]
+    alone = found["network_alone"]
+    around = [sum(speeds) / 2 for speeds in alone["before_and_after_each_turn"]]
+    shares = [3 * 40 * 44 / seconds / speed for seconds, speed in zip(ours["turns_s"], around, strict=True)]
+    assert alone["efficiency_by_turn"] == pytest.approx(shares)
+    assert alone["efficiency"] == pytest.approx(sum(shares) / 3)
     for each in (ours, copied):
         assert len(each["turns_s"]) == 3
         assert each["seconds"] == min(each["turns_s"])
