@@ -106,16 +106,17 @@ def _denoising_bytes(plan: DenoisePlan, at_once: int, threads: int) -> int:
     """The same of one that denoises, of whose slabs one computes.
 
     That is itself; a slab in and out with the stacks of the tiles that are estimated at a time, and the network's maps
-    of each; and for every other slab the larger of its voxels with the chunks that are being decoded, and its result
+    of each; and for every other slab the larger of its voxels with the chunks decoded at a time, and its result
     with the shard that is being encoded. Or, in the pass before, boxes of voxels whose slices are measured in float64.
     """
     slab = plan.slabs.largest()
     item = plan.source.itemsize
     voxels_in, voxels_out = slab.read.size * item, slab.keep.size * item
     fetched = fetched_voxels(plan.source, slab.read)
-    decoding = min(AT_ONCE * prod(plan.source.chunk), fetched) * item
-    if plan.source.write_unit != plan.source.chunk:  # what is wanted of a shard comes in one piece
-        decoding += fetched * item
+    decoded = min(AT_ONCE * prod(plan.source.chunk), fetched)
+    # as they came, noise being hardly smaller: what is wanted of a shard comes in one piece
+    encoded = decoded if plan.source.write_unit == plan.source.chunk else fetched
+    decoding = (decoded + encoded) * item
     encoding = _encoding_bytes(plan.target, slab.keep.shape)
     maps = _tiles_bytes(plan, len(slab.read.z), threads)
     if plan.method.stitch == "blend" and not isinstance(plan.denoiser, Noise):
