@@ -131,7 +131,8 @@ def test_panels_move_together(browser: Browser, tmp_path: Path) -> None:
 @contextmanager
 def viewing(*words: object) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """`nrrn view` in a process of its own, and the address that it says."""
-    command = [sys.executable, "-m", "nrrn_pipeline.cli", "view", "--no-browser", *map(str, words)]
+    heeded = ["env", "--default-signal=INT"]  # a test run in the background ignores it
+    command = [*heeded, sys.executable, "-m", "nrrn_pipeline.cli", "view", "--no-browser", *map(str, words)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
