@@ -106,7 +106,7 @@ def _denoising_bytes(plan: DenoisePlan, at_once: int, threads: int) -> int:
     """The same of one that denoises, of whose slabs one computes.
 
     That is itself; a slab in and out with the stacks of the tiles that are estimated at a time, and the network's maps
-    of each; and for every other slab the larger of its voxels with the chunks decoded at a time, and its result
+    of each; and for every other slab the larger of its voxels with the chunks that come and are decoded, and its result
     with the shard that is being encoded. Or, in the pass before, boxes of voxels whose slices are measured in float64.
     """
     slab = plan.slabs.largest()

@@ -120,11 +120,13 @@ def run_benchmark(task: Task, programs: Sequence[Program]) -> Benchmark:
     runs: dict[str, list[Run]] = {name: [] for name in names}
     alone: list[tuple[float, float]] = []
     for _ in range(task.turns):
-        before, where = network_alone(plan, task.device)
-        _run_again(ours(task.device), task.source.group_url, outputs[OURS], task.weights, runs[OURS])
-        alone.append((before, network_alone(plan, task.device)[0]))
+        if not _failed(runs[OURS]):
+            before, where = network_alone(plan, task.device)
+            _run_again(ours(task.device), task.source.group_url, outputs[OURS], task.weights, runs[OURS])
+            alone.append((before, network_alone(plan, task.device)[0]))
         for program in programs:
-            _run_again(program, task.source.url, outputs[program.name], task.weights, runs[program.name])
+            if not _failed(runs[program.name]):
+                _run_again(program, task.source.url, outputs[program.name], task.weights, runs[program.name])
     found: list[Measured] = []
     for name, done in runs.items():
         measured = Measured(name, best_of(done), task.source.box.size, tuple(each.seconds for each in done))
@@ -134,10 +136,13 @@ def run_benchmark(task: Task, programs: Sequence[Program]) -> Benchmark:
     return Benchmark(tuple(found), tuple(alone), where)
 
 
+def _failed(done: Sequence[Run]) -> bool:
+    """The last of what was run, if any was: it is not tried again."""
+    return bool(done and done[-1].failure)
+
+
 def _run_again(program: Program, source: str, output: str, weights: str, done: list[Run]) -> None:
-    """Unless it has failed before."""
-    if done and done[-1].failure:
-        return
+    """In place of its output of the turn before."""
     storage.remove_tree(output)
     done.append(run(program, source, output, weights))
 
